@@ -1,0 +1,1 @@
+"""GPT-NeoX: one configuration language, one model definition, from laptop to cluster."""

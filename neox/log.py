@@ -1,0 +1,47 @@
+"""What a user sees: our lines, from one rank, without the libraries' chatter."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+
+_rank = 0
+
+
+def set_rank(rank: int) -> None:
+    """Only rank 0 speaks; every other rank's lines are dropped."""
+    global _rank
+    _rank = rank
+
+
+def info(message: str) -> None:
+    """Print one line to standard output, from rank 0."""
+    if _rank == 0:
+        print(message, flush=True)
+
+
+def warning(message: str) -> None:
+    """Print one line to standard error, from rank 0."""
+    if _rank == 0:
+        print(f"warning: {message}", file=sys.stderr, flush=True)
+
+
+def progress(*, total: int, desc: str, unit: str = "it", initial: int = 0):
+    """A tqdm bar with the time left; shown on a terminal by rank 0, silent anywhere else."""
+    from tqdm import tqdm
+
+    shown = _rank == 0 and sys.stderr.isatty()
+    return tqdm(total=total, desc=desc, unit=unit, initial=initial, disable=not shown, leave=False)
+
+
+def quiet_third_parties() -> None:
+    """Silence libraries' logs and warnings. Call before importing them; errors still come through."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("WANDB_SILENT", "true")
+    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
+    for name in ("deepspeed", "DeepSpeed", "megatron", "transformers", "lm_eval", "datasets", "torch"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore")
