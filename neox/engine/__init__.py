@@ -1,0 +1,1 @@
+"""Training engines: the door to DeepSpeed."""

@@ -1,0 +1,1 @@
+"""Who computes what: topology (arithmetic), process groups, tensor-parallel layers, random streams."""

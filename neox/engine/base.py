@@ -1,0 +1,44 @@
+"""What the training loop asks of an engine, whichever way the model is walked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from neox.data.loaders import Batch
+
+
+@dataclass(frozen=True)
+class TrainStep:
+    """The outcome of one optimizer step, the same on every rank."""
+
+    loss: float  # mean over micro-batches and data-parallel ranks
+    grad_norm: float | None  # before clipping, over the whole model
+    skipped: bool  # an fp16 overflow: the weights did not change
+    loss_scale: float | None  # fp16 only
+
+
+class Engine(Protocol):
+    """All methods are collective over the world.
+
+    Batch iterators are drawn from on every rank that needs tokens or labels; each rank brings its
+    own.
+    """
+
+    def train_batch(self, batches: Iterator[Batch], iteration: int, rate: float) -> TrainStep:
+        """Optimizer step number `iteration` at learning rate `rate`.
+
+        Draws gradient_accumulation_steps micro-batches. Dropout is a function of the seed and
+        `iteration`.
+        """
+
+    def eval_batch(self, batches: Iterator[Batch]) -> float:
+        """Mean loss over gradient_accumulation_steps micro-batches, without dropout."""
+
+    def save(self, folder: Path, state: dict[str, Any]) -> None:
+        """Write layer files, optimizer state and `state` into `folder`, which exists."""
+
+    def load_optimizer(self, folder: Path) -> dict[str, Any]:
+        """Restore what `save` wrote besides the layer files; return its `state`."""

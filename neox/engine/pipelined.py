@@ -1,0 +1,124 @@
+"""pipe_parallel_size >= 1: the layer list as DeepSpeed's PipelineModule."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
+from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from neox.config import NeoXConfig
+from neox.data.loaders import Batch
+from neox.engine.deepspeed import DeepSpeedEngine, LocalLayers, wrap
+from neox.model.gpt import Layer
+from neox.model.loss import cross_entropy
+from neox.parallel.groups import ProcessGroups
+from neox.parallel.rng import DropoutStreams
+
+
+class PipelinedEngine(DeepSpeedEngine):
+    """Stages on different ranks, micro-batches in flight between them (1F1B)."""
+
+    def train_loss(self, batches: Iterator[Batch]) -> float:
+        return float(self.inner.train_batch(_inputs_and_labels(batches)))
+
+    def eval_batch(self, batches: Iterator[Batch]) -> float:
+        return float(self.inner.eval_batch(_inputs_and_labels(batches)))
+
+
+def build_pipelined(
+    config: NeoXConfig,
+    layers: list[Layer],
+    fill: Any,
+    streams: DropoutStreams,
+    groups: ProcessGroups,
+) -> PipelinedEngine:
+    """`fill(module, layer)` sets the weights of a built layer. Collective over the world."""
+    specs = [_spec(layer, fill) for layer in layers]
+    interval = config.checkpoint_num_layers if config.checkpoint_activations else 0
+    with contextlib.redirect_stdout(io.StringIO()):
+        model = PipelineModule(
+            specs,
+            topology=PipeModelDataParallelTopology(groups.pp, groups.tp, groups.dp),
+            loss_fn=partial(_loss, groups=groups),
+            partition_method=config.pipe_partition_method,
+            activation_checkpoint_interval=interval,
+            activation_checkpoint_func=partial(
+                checkpoint, use_reentrant=False, context_fn=streams.recompute_contexts
+            ),
+        )
+    start, stop = model._local_start, model._local_stop
+    local: LocalLayers = list(zip(layers[start:stop], _modules(model, specs), strict=True))
+    return PipelinedEngine(wrap(model, config), local, streams, groups)
+
+
+def _spec(layer: Layer, fill: Any) -> Any:
+    """How DeepSpeed is told to build a layer: it calls `build` on the rank that owns it."""
+    if not layer.has_parameters:
+        return layer.kind
+    if layer.tied:
+        return _FilledTiedSpec(layer, fill)
+    return _FilledSpec(layer, fill)
+
+
+class _FilledSpec(LayerSpec):
+    """Builds a layer with its weights in place."""
+
+    def __init__(self, layer: Layer, fill: Any) -> None:
+        super().__init__(layer.kind, *layer.args)
+        self._layer, self._fill = layer, fill
+
+    def build(self, log: bool = False) -> torch.nn.Module:
+        module = self._layer.build()
+        self._fill(module, self._layer)
+        return module
+
+
+class _FilledTiedSpec(TiedLayerSpec):
+    """The embedding on the first stage and its twin, the output projection, on the last."""
+
+    def __init__(self, layer: Layer, fill: Any) -> None:
+        super().__init__(
+            layer.tied,
+            layer.kind,
+            *layer.args,
+            forward_fn=layer.forward,
+            tied_weight_attr=["word_embeddings.weight"],
+        )
+        self._layer, self._fill = layer, fill
+
+    def build(self, log: bool = False) -> torch.nn.Module:
+        module = self._layer.build()
+        self._fill(module, self._layer)
+        return module
+
+
+def _modules(model: PipelineModule, specs: list[Any]) -> list[Any]:
+    """This stage's modules and functions, in the order of its layers."""
+    found = []
+    for index in range(model._local_start, model._local_stop):
+        spec = specs[index]
+        if isinstance(spec, TiedLayerSpec):
+            found.append(model.tied_modules[spec.key])
+        elif isinstance(spec, LayerSpec):
+            found.append(getattr(model, str(index)))
+        else:
+            found.append(spec)
+    return found
+
+
+def _loss(logits_BSV: Tensor, targets: tuple[Tensor, Tensor], *, groups: ProcessGroups) -> Tensor:
+    labels_BS, loss_mask_BS = targets
+    return cross_entropy(logits_BSV, labels_BS, loss_mask_BS, groups)
+
+
+def _inputs_and_labels(batches: Iterator[Batch]) -> Iterator[tuple[Tensor, tuple[Tensor, Tensor]]]:
+    for batch in batches:
+        yield batch.tokens_BS, (batch.labels_BS, batch.loss_mask_BS)

@@ -1,0 +1,100 @@
+"""pipe_parallel_size 0: the layer list as one module, under DeepSpeed's plain engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from neox.config import NeoXConfig
+from neox.data.loaders import Batch
+from neox.engine.deepspeed import DeepSpeedEngine, LocalLayers, wrap
+from neox.model.block import TransformerLayer
+from neox.model.gpt import Layer
+from neox.model.loss import cross_entropy
+from neox.parallel.groups import ProcessGroups
+from neox.parallel.rng import DropoutStreams
+
+
+class GPT(nn.Module):
+    """Token ids [B, S] -> this rank's slice of the logits, [B, S, V / tp]."""
+
+    def __init__(self, local: LocalLayers, streams: DropoutStreams, recompute: bool) -> None:
+        super().__init__()
+        self.sequential = nn.ModuleDict()
+        self._walk = local
+        self._streams = streams
+        self._recompute = recompute
+        for layer, module in local:
+            if layer.has_parameters and layer.forward is None:
+                self.sequential[str(layer.index)] = module
+
+    def forward(self, tokens_BS: Tensor) -> Tensor:
+        x = tokens_BS
+        for layer, module in self._walk:
+            if self._recompute and self.training and isinstance(module, TransformerLayer):
+                x = checkpoint(
+                    module, x, use_reentrant=False, context_fn=self._streams.recompute_contexts
+                )
+            else:
+                x = layer.forward(module, x) if layer.forward else module(x)
+        return x
+
+
+class SequentialEngine(DeepSpeedEngine):
+    """One stage; gradients accumulate over the micro-batches of a step."""
+
+    def train_loss(self, batches: Iterator[Batch]) -> float:
+        self.inner.train()
+        steps = self.inner.gradient_accumulation_steps()
+        total = torch.zeros((), device=self.groups.device)
+        for _ in range(steps):
+            loss = self._loss(next(batches))
+            self.inner.backward(loss)
+            self.inner.step()
+            total += loss.detach()
+        return self._mean_over_dp(total / steps)
+
+    @torch.no_grad()
+    def eval_batch(self, batches: Iterator[Batch]) -> float:
+        self.inner.eval()
+        steps = self.inner.gradient_accumulation_steps()
+        losses = [self._loss(next(batches)) for _ in range(steps)]
+        return self._mean_over_dp(torch.stack(losses).mean())
+
+    def _loss(self, batch: Batch) -> Tensor:
+        tokens, labels, mask = (tensor.to(self.groups.device) for tensor in batch)
+        return cross_entropy(self.inner(tokens), labels, mask, self.groups)
+
+    def _mean_over_dp(self, loss: Tensor) -> float:
+        if self.groups.dp_group is not None:
+            dist.all_reduce(loss, group=self.groups.dp_group)
+        return float(loss) / self.groups.dp
+
+
+def build_sequential(
+    config: NeoXConfig,
+    layers: list[Layer],
+    fill: Callable[[nn.Module, Layer], None],
+    streams: DropoutStreams,
+    groups: ProcessGroups,
+) -> SequentialEngine:
+    """`fill(module, layer)` sets the weights of a built layer. Collective over the world."""
+    local: LocalLayers = []
+    tied: dict[str, Any] = {}
+    for layer in layers:
+        if layer.tied in tied:
+            module = tied[layer.tied]
+        else:
+            module = layer.build()
+            if layer.has_parameters:
+                fill(module, layer)
+            if layer.tied:
+                tied[layer.tied] = module
+        local.append((layer, module))
+    model = GPT(local, streams, config.checkpoint_activations)
+    return SequentialEngine(wrap(model, config), local, streams, groups)

@@ -1,0 +1,46 @@
+"""From a configuration to a model that generates."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from neox.checkpoint.neox import Checkpoint
+from neox.config import NeoXConfig
+from neox.errors import CheckpointError
+from neox.inference.stages import InferenceModel
+from neox.model.gpt import layers, partition, torch_dtype
+from neox.parallel.groups import ProcessGroups
+
+
+def load_model(config: NeoXConfig, groups: ProcessGroups) -> InferenceModel:
+    """Build this rank's stage and fill it from `config.load` at `config.iteration` or `latest`.
+
+    The checkpoint may have any number of shards. Its padded vocabulary is kept, so the model is
+    the one that was trained at every grid; it grows only where tp does not divide it.
+    Not collective. Raises CheckpointError when there is no checkpoint or it does not fit.
+    """
+    if config.load is None:
+        raise CheckpointError(
+            "load is not set: there is no checkpoint to generate from or evaluate. Set `load` to "
+            "the folder that holds `latest` and the global_step folders."
+        )
+    checkpoint = Checkpoint.open(Path(config.load), config.iteration)
+    padded_vocab_size = -(-checkpoint.padded_vocab_size // groups.tp) * groups.tp
+    dtype = torch_dtype(config.dtype)
+    model = layers(config, padded_vocab_size, dtype, groups)
+    stage = []
+    tied: dict[str, Any] = {}
+    for index in partition(config.num_layers, groups.pp)[groups.pp_rank]:
+        layer = model[index]
+        if layer.tied in tied:
+            module = tied[layer.tied]
+        else:
+            module = layer.build()
+            if layer.has_parameters:
+                checkpoint.load_into(module, layer, groups)
+                module.to(groups.device)
+            if layer.tied:
+                tied[layer.tied] = module
+        stage.append((layer, module))
+    return InferenceModel(config, groups, stage, padded_vocab_size, dtype)

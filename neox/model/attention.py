@@ -1,0 +1,123 @@
+"""Causal self-attention over this rank's heads, with an optional key/value cache.
+
+Shapes: S new positions, T all positions so far, B batch, N local query heads, K local key/value
+heads, D head size, H hidden. q_SBND: [S, B, N, D].
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from neox.config import ModelConfig
+from neox.model.positions import RotaryTable, rotate
+from neox.parallel.groups import ProcessGroups
+from neox.parallel.layers import column_linear, row_linear
+from neox.parallel.rng import DropoutStreams
+
+
+class LayerCache(Protocol):
+    """One layer's keys and values of the positions already seen."""
+
+    @property
+    def length(self) -> int:
+        """Number of positions held before this forward."""
+
+    def append(self, k_BKSD: Tensor, v_BKSD: Tensor) -> tuple[Tensor, Tensor]:
+        """Store the new positions; return keys and values of all positions, [B, K, T, D]."""
+
+
+class Attention(nn.Module):
+    def __init__(
+        self,
+        config: ModelConfig,
+        dtype: torch.dtype,
+        groups: ProcessGroups,
+        rotary: RotaryTable | None,
+        streams: DropoutStreams | None,
+        *,
+        reduce_input_grad: bool,
+    ) -> None:
+        super().__init__()
+        self.heads = config.num_attention_heads // groups.tp
+        self.kv_heads = config.kv_heads // groups.tp
+        self.head_dim = config.head_dim
+        self.window = config.sliding_window_width
+        self.dropout = config.attention_dropout
+        self.rotary = rotary
+        self.streams = streams
+        q_size = config.num_attention_heads * config.head_dim
+        kv_size = config.kv_heads * config.head_dim
+        bias = config.use_bias_in_attn_linear
+        self.query_key_value = column_linear(
+            config.hidden_size,
+            q_size + 2 * kv_size,
+            bias,
+            dtype,
+            groups,
+            reduce_input_grad=reduce_input_grad,
+        )
+        self.dense = row_linear(q_size, config.hidden_size, bias, dtype, groups)
+
+    def forward(self, x_SBH: Tensor, cache: LayerCache | None = None) -> Tensor:
+        """This rank's heads' contexts, [S, B, N * D]: the input of `dense`."""
+        q_SBND, k_SBKD, v_SBKD = self._split_heads(self.query_key_value(x_SBH))
+        start = cache.length if cache is not None else 0
+        if self.rotary is not None:
+            cos, sin = self.rotary.angles(start, q_SBND.shape[0], like=q_SBND)
+            q_SBND, k_SBKD = rotate(q_SBND, cos, sin), rotate(k_SBKD, cos, sin)
+        q, k, v = (heads.permute(1, 2, 0, 3) for heads in (q_SBND, k_SBKD, v_SBKD))
+        if cache is not None:
+            k, v = cache.append(k, v)
+        context_BNSD = self._attend(q, k, v, start)
+        return context_BNSD.permute(2, 0, 1, 3).flatten(2)
+
+    def _split_heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        S, B, _ = qkv.shape
+        if self.kv_heads == self.heads:
+            # Query, key and value are interleaved per head: [head 0: q k v, head 1: q k v, ...].
+            qkv = qkv.view(S, B, self.heads, 3 * self.head_dim)
+            q, k, v = qkv.chunk(3, dim=-1)
+            return q, k, v
+        sizes = [n * self.head_dim for n in (self.heads, self.kv_heads, self.kv_heads)]
+        q, k, v = (part.view(S, B, -1, self.head_dim) for part in qkv.split(sizes, dim=-1))
+        return q, k, v
+
+    def _attend(self, q_BNSD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, start: int) -> Tensor:
+        S, T = q_BNSD.shape[2], k_BKTD.shape[2]
+        mask = self._mask(start, S, T, q_BNSD.device)
+        dropout = self.dropout if self.training else 0.0
+
+        def attend() -> Tensor:
+            return F.scaled_dot_product_attention(
+                q_BNSD,
+                k_BKTD,
+                v_BKTD,
+                attn_mask=mask,
+                dropout_p=dropout,
+                is_causal=mask is None and S > 1,
+                enable_gqa=self.heads != self.kv_heads,
+            )
+
+        if dropout and self.streams is not None:
+            with self.streams.local():
+                return attend()
+        return attend()
+
+    def _mask(self, start: int, S: int, T: int, device: torch.device) -> Tensor | None:
+        """[S, T] of allowed pairs, or None where plain causality says it all.
+
+        A query at position i sees keys i - window ... i, upstream's flash-attention window.
+        """
+        windowed = self.window is not None and T > self.window + 1
+        if not windowed and (start == 0 or S == 1):
+            return None
+        rows = torch.arange(start, start + S, device=device)[:, None]
+        columns = torch.arange(T, device=device)[None, :]
+        allowed = columns <= rows
+        if self.window is not None:
+            allowed &= columns >= rows - self.window
+        return allowed
