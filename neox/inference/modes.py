@@ -1,0 +1,204 @@
+"""The ways to generate: without a prompt, from a file of prompts, at the terminal."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from neox import log
+from neox.config import NeoXConfig
+from neox.errors import ConfigError, DataError, NeoXError
+from neox.inference.detokenize import StreamingDetokenizer
+from neox.inference.generate import complete, continuation, encode, no_room
+from neox.inference.stages import InferenceModel
+from neox.parallel.groups import ProcessGroups
+from neox.tokenizer import Tokenizer
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Job:
+    """Prompts to complete and the JSON Lines file their results go to."""
+
+    prompts: list[str]
+    output: Path
+
+
+def prepare(config: NeoXConfig, groups: ProcessGroups) -> Job:
+    """The job of the modes `unconditional` and `input-file`. Collective over the world.
+
+    Meant to come before the weights are loaded: raises DataError when the prompts cannot be read
+    or the results cannot be written.
+    """
+    return _from_rank_0(lambda: _job(config), groups)
+
+
+def _job(config: NeoXConfig) -> Job:
+    output = Path(config.sample_output_file or "samples.txt")
+    if config.text_gen_type == "unconditional":
+        prompts = [""] * config.num_samples
+    else:
+        if config.sample_input_file is None:
+            raise ConfigError(
+                "text_gen_type is input-file, but there is no input file: name it with -i FILE or "
+                "set `sample_input_file`"
+            )
+        source = Path(config.sample_input_file)
+        prompts = read_prompts(source, config.prompt_end)
+        if config.sample_output_file is None or config.origin("sample_output_file") == "default":
+            output = source.with_name(f"{source.name}.output.jsonl")
+        if output.exists() and output.samefile(source):
+            raise ConfigError(f"{output} holds the prompts: name another file for the results")
+    _check_writable(output)
+    return Job(prompts, output)
+
+
+def read_prompts(path: Path, prompt_end: str) -> list[str]:
+    """The prompts of a UTF-8 file, separated by `prompt_end`; blank ones are left out.
+
+    A prompt loses the blank lines before it and all white space after it, but its first line keeps
+    its indentation, which means something in code. Any kind of line end reads as a newline.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise DataError(f"cannot read the prompts in {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"cannot read the prompts in {path}: byte {error.start} is not UTF-8 text; save the "
+            "file as UTF-8"
+        ) from error
+    prompts = [re.sub(r"\A\s*\n", "", part).rstrip() for part in text.split(prompt_end)]
+    prompts = [prompt for prompt in prompts if prompt]
+    if not prompts:
+        raise DataError(f"there are no prompts in {path}")
+    return prompts
+
+
+def _check_writable(path: Path) -> None:
+    """Refuse a place that cannot be written; leaves what is there as it is."""
+    reason = None
+    if path.is_dir():
+        reason = "it is a folder"
+    elif not path.parent.is_dir():
+        reason = f"there is no folder {path.parent}"
+    elif not os.access(path if path.exists() else path.parent, os.W_OK):
+        reason = "permission denied"
+    if reason is not None:
+        raise DataError(
+            f"cannot write the results to {path}: {reason}; name another file with -o FILE or "
+            "`sample_output_file`"
+        )
+
+
+def write_completions(
+    model: InferenceModel, tokenizer: Tokenizer, config: NeoXConfig, job: Job
+) -> None:
+    """Complete every prompt; write one JSON object a line, in the order of the prompts.
+
+    Each line is written as soon as it is there, so whatever stops the run, the finished results
+    are in the file. Rank 0 writes. Replica r takes the prompts r, r + dp, r + 2 dp, ...
+    Collective over the world.
+    """
+    groups = model.groups
+    count = len(job.prompts)
+    opened: Any = contextlib.nullcontext()
+    if groups.rank == 0:
+        opened = job.output.open("w", encoding="utf-8")
+    with opened as file, log.progress(total=count, desc="Generating", unit="prompt") as bar:
+        for first in range(0, count, groups.dp):
+            index = first + groups.dp_rank
+            own = None
+            if index < count:
+                own = complete(model, tokenizer, config, job.prompts[index], index)
+            for number, result in enumerate(_gather(own, groups), start=first + 1):
+                file.write(json.dumps(result) + "\n")
+                file.flush()
+                bar.update()
+                if result["message"] is not None:
+                    log.warning(f"prompt {number}: {result['message'].removeprefix('WARNING: ')}")
+    log.info(f"{count} result{'s' if count > 1 else ''} in {job.output}")
+
+
+def _gather(result: dict[str, Any] | None, groups: ProcessGroups) -> list[dict[str, Any]]:
+    """On rank 0 the results of all replicas that have one, in order; elsewhere nothing."""
+    results = [result]
+    if groups.dp > 1 and groups.tp_rank == groups.pp_rank == 0:
+        results = [None] * groups.dp
+        dist.gather_object(result, results if groups.rank == 0 else None, 0, groups.dp_group)
+    return [result for result in results if result is not None] if groups.rank == 0 else []
+
+
+def interactive(model: InferenceModel, tokenizer: Tokenizer, config: NeoXConfig) -> None:
+    """Read prompts at the terminal and print what follows them as it comes.
+
+    Every prompt stands alone; rank 0 reads and prints. The end of the input (Ctrl-D) or Ctrl-C
+    ends it. Collective over the world: extra replicas repeat the work.
+    """
+    groups = model.groups
+    with contextlib.suppress(KeyboardInterrupt):
+        for index in itertools.count():
+            text = _from_rank_0(lambda: _read_prompt(config.prompt_end), groups)
+            if text is None:
+                break
+            prompt = encode(tokenizer, text)
+            problem = no_room(config, prompt)
+            if problem is not None:
+                log.warning(problem)
+                continue
+            _say(groups, "Generated Text: ")
+            detokenizer = StreamingDetokenizer(tokenizer)
+            for token, _ in continuation(model, tokenizer, config, prompt, index):
+                if token != tokenizer.eod and token < tokenizer.vocab_size:
+                    _say(groups, detokenizer.push(token))
+            _say(groups, detokenizer.flush() + "\n")
+    _say(groups, "\n")
+
+
+def _read_prompt(prompt_end: str) -> str | None:
+    """What is typed up to `prompt_end` or to the end of the input; None when nothing is left."""
+    text = ""
+    try:
+        while prompt_end not in text:
+            text += input("... " if text else "Context prompt >>> ") + "\n"
+    except EOFError:
+        return text.rstrip() or None
+    except KeyboardInterrupt:
+        return None
+    return text.split(prompt_end)[0]
+
+
+def _say(groups: ProcessGroups, text: str) -> None:
+    if groups.rank == 0 and text:
+        print(text, end="", flush=True)
+
+
+def _from_rank_0(function: Callable[[], T], groups: ProcessGroups) -> T:
+    """What `function` gives on rank 0, on every rank; its NeoXError is raised on every rank.
+
+    Only rank 0 has the terminal, and on a cluster perhaps the files. Collective over the world.
+    """
+    answer: T | None = None
+    error: NeoXError | None = None
+    if groups.rank == 0:
+        try:
+            answer = function()
+        except NeoXError as caught:
+            error = caught
+    if groups.world_size > 1:
+        box = [answer, error]
+        dist.broadcast_object_list(box, src=0)
+        answer, error = box
+    if error is not None:
+        raise error
+    return answer

@@ -1,0 +1,144 @@
+"""The decoding loop and the result it makes of a prompt."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from neox.errors import CheckpointError
+from neox.inference.generate import NOT_STARTED, UNKNOWN_TOKEN, complete, generate
+from neox.inference.sampling import Sampling, prompt_generator
+from tests.inference.fakes import VOCABULARY, ByteTokenizer, FakeModel, config, mixed, script
+
+EOD = ByteTokenizer.eod
+KEYS = ["context", "text", "length", "finished", "message", "duration_seconds"]
+
+
+def tokens(model: FakeModel, prompt: list[int], **options) -> list[int]:
+    defaults = {
+        "maximum_tokens": 10,
+        "sampling": Sampling(),
+        "generator": prompt_generator(1234, 0),
+        "eod": EOD,
+    }
+    return [step.token for step in generate(model, prompt, **(defaults | options))]
+
+
+def test_greedy_follows_the_largest_logit():
+    history = [5, 6, 7]
+    for _ in range(10):
+        history.append(mixed(history).argmax().item())
+    assert tokens(FakeModel(config()), [5, 6, 7]) == history[3:]
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0, 20, 0.9)])
+def test_cache_and_recompute_give_the_same_tokens(sampling):
+    cached, recomputed = FakeModel(config()), FakeModel(config())
+    prompt = [1, 2, 3, 4]
+    first = tokens(cached, prompt, sampling=sampling)
+    second = tokens(recomputed, prompt, sampling=sampling, recompute=True)
+    assert first == second
+    assert cached.shapes == [(1, 4)] + 9 * [(1, 1)]
+    assert recomputed.shapes == [(1, 4 + i) for i in range(10)]
+
+
+def test_each_step_has_the_logits_it_was_chosen_from():
+    history = [9]
+    model = FakeModel(config())
+    options = {"sampling": Sampling(1.0), "generator": prompt_generator(0, 0), "eod": EOD}
+    for step in generate(model, [9], maximum_tokens=5, **options):
+        assert torch.equal(step.logits_V, mixed(history))
+        history.append(step.token)
+
+
+def test_end_of_document_ends():
+    model = FakeModel(config(), script(2, [10, 11, EOD, 12]))
+    assert tokens(model, [1, 2]) == [10, 11, EOD]
+    assert len(model.shapes) == 3
+
+
+def test_a_reader_may_stop_early():
+    model = FakeModel(config())
+    options = {"sampling": Sampling(), "generator": prompt_generator(0, 0), "eod": EOD}
+    steps = generate(model, [3], maximum_tokens=50, **options)
+    assert len(list(itertools.islice(steps, 4))) == 4
+    assert len(model.shapes) == 4
+
+
+def test_logits_that_are_no_numbers_are_an_error():
+    model = FakeModel(config(), lambda history: torch.full((VOCABULARY,), float("nan")))
+    with pytest.raises(CheckpointError, match="logits after 2 tokens are not finite"):
+        tokens(model, [1, 2])
+
+
+def result(context: str, logits=mixed, index: int = 0, **values):
+    settings = config(**values)
+    return complete(FakeModel(settings, logits), ByteTokenizer(), settings, context, index)
+
+
+def test_result_has_the_fields_in_order():
+    got = result("ab", maximum_tokens=7)
+    assert list(got) == KEYS
+    assert (got["context"], got["length"]) == ("ab", 7)
+    assert got["finished"] is False
+    assert got["message"] is None
+    assert 0 < got["duration_seconds"] < 60
+    expected = tokens(FakeModel(config()), list(b"ab"), maximum_tokens=7)
+    assert got["text"] == ByteTokenizer().detokenize(expected)
+
+
+def test_end_of_document_is_not_in_the_text():
+    got = result("x", script(1, [*b"hi", EOD]))
+    assert (got["text"], got["length"], got["finished"]) == ("hi", 2, True)
+
+
+def test_nothing_but_the_end():
+    got = result("x", script(1, [EOD]))
+    assert (got["text"], got["length"], got["finished"]) == (None, 0, True)
+    assert got["message"] == NOT_STARTED
+
+
+def test_an_empty_context_starts_from_the_end_of_a_document():
+    got = result("", maximum_tokens=3)
+    expected = tokens(FakeModel(config()), [EOD], maximum_tokens=3)
+    assert got["context"] == ""
+    assert got["text"] == ByteTokenizer().detokenize(expected)
+
+
+def test_tokens_of_the_padded_vocabulary_are_reported_and_left_out():
+    got = result("x", script(1, [ord("a"), 260, ord("b")]), maximum_tokens=3)
+    assert (got["text"], got["length"], got["message"]) == ("ab", 3, UNKNOWN_TOKEN)
+
+
+@pytest.mark.parametrize("maximum_tokens", [64, 0])
+def test_prompt_and_completion_fill_seq_length_and_no_more(maximum_tokens):
+    assert result(60 * "a", maximum_tokens=maximum_tokens)["length"] == 4
+    assert result(63 * "a", maximum_tokens=maximum_tokens)["length"] == 1
+
+
+@pytest.mark.parametrize("length", [64, 65, 500])
+def test_a_prompt_without_room_says_so(length):
+    got = result(length * "a")
+    assert list(got) == KEYS
+    assert (got["text"], got["length"], got["finished"]) == (None, 0, False)
+    assert got["message"].startswith(f"WARNING: the prompt has {length} tokens")
+    assert "seq_length of 64" in got["message"]
+
+
+def test_samples_repeat_by_seed_and_differ_by_prompt():
+    def text(seed: int, index: int) -> str:
+        return result("same", index=index, seed=seed, temperature=1.0)["text"]
+
+    assert text(1, 0) == text(1, 0)
+    assert len({text(1, 0), text(1, 1), text(2, 0), text(2, 1)}) == 4
+
+
+def test_logits_have_a_row_for_every_token_asked_for():
+    got = result("x", script(1, [7, 8, EOD]), maximum_tokens=5, return_logits=True)
+    assert list(got) == [*KEYS, "logits"]
+    logits = torch.tensor(got["logits"])
+    assert logits.shape == (5, VOCABULARY)
+    assert logits.argmax(-1)[:3].tolist() == [7, 8, EOD]
+    assert not logits[3:].any()
