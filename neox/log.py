@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
 import warnings
+from typing import TextIO
 
 _rank = 0
 
@@ -19,13 +21,20 @@ def set_rank(rank: int) -> None:
 def info(message: str) -> None:
     """Print one line to standard output, from rank 0."""
     if _rank == 0:
-        print(message, flush=True)
+        _print(message, sys.stdout)
 
 
 def warning(message: str) -> None:
     """Print one line to standard error, from rank 0."""
     if _rank == 0:
-        print(f"warning: {message}", file=sys.stderr, flush=True)
+        _print(f"warning: {message}", sys.stderr)
+
+
+def _print(message: str, stream: TextIO) -> None:
+    """Print a line above the progress bars that are up, instead of through them."""
+    tqdm = sys.modules.get("tqdm")  # not imported: no bar is up
+    with tqdm.tqdm.external_write_mode(file=stream) if tqdm else contextlib.nullcontext():
+        print(message, file=stream, flush=True)
 
 
 def progress(*, total: int, desc: str, unit: str = "it", initial: int = 0):
@@ -42,6 +51,14 @@ def quiet_third_parties() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("WANDB_SILENT", "true")
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
-    for name in ("deepspeed", "DeepSpeed", "megatron", "transformers", "lm_eval", "datasets", "torch"):
+    for name in (
+        "deepspeed",
+        "DeepSpeed",
+        "megatron",
+        "transformers",
+        "lm_eval",
+        "datasets",
+        "torch",
+    ):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
