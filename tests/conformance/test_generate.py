@@ -1,0 +1,122 @@
+"""Upstream's greedy tokens, from upstream's checkpoints, at several grids."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from neox.config import NeoXConfig, from_dict
+from neox.entrypoints import generate
+from neox.inference.generate import continuation
+from neox.inference.load import load_model
+from neox.parallel.groups import ProcessGroups, initialize
+from neox.parallel.topology import Topology
+from neox.tokenizer import build_tokenizer
+
+NEW_TOKENS = 32
+
+
+def config(shared: Path, checkpoint: str, **values: Any) -> NeoXConfig:
+    model = {
+        "num_layers": 4,
+        "hidden_size": 128,
+        "num_attention_heads": 8,
+        "seq_length": 128,
+        "max_position_embeddings": 128,
+        "pos_emb": "rotary",
+        "rotary_pct": 0.25,
+        "no_weight_tying": True,
+        "gpt_j_residual": checkpoint != "sequential_residual_mp2",
+        "precision": "fp32",
+        "tokenizer_type": "HFTokenizer",
+        "vocab_file": str(shared / "upstream/tok/small_tokenizer.json"),
+        "load": str(shared / "upstream/checkpoints" / checkpoint),
+        "maximum_tokens": NEW_TOKENS,
+    }
+    tp, pp = values.get("model_parallel_size", 1), values.get("pipe_parallel_size", 1)
+    return from_dict(model | values, world_size=tp * pp)
+
+
+def prompts(shared: Path) -> list[str]:
+    return json.loads((shared / "upstream/ref/prompts.json").read_text())
+
+
+def reference(shared: Path, checkpoint: str) -> list[list[int]]:
+    """Prompt and greedy tokens as upstream found them, a list for each prompt."""
+    name = checkpoint.replace("ckpt", "ref", 1)
+    name = name if name.startswith("ref_") else f"ref_{name}"
+    arrays = np.load(shared / f"upstream/ref/{name}.npz")
+    return [arrays[f"greedy_cache_{i}"].tolist() for i in range(2)]
+
+
+def greedy(settings: NeoXConfig, groups: ProcessGroups, texts: list[str]) -> list[list[int]]:
+    tokenizer = build_tokenizer(settings)
+    model = load_model(settings, groups)
+    sequences = []
+    for text in texts:
+        prompt = tokenizer.tokenize(text)
+        steps = continuation(model, tokenizer, settings, prompt, 0)
+        sequences.append(prompt + [step.token for step in steps])
+    return sequences
+
+
+CHECKPOINTS = ["ckpt_mp1pp1", "ckpt_mp2pp1", "sequential_residual_mp2"]
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("checkpoint", CHECKPOINTS)
+def test_greedy_tokens_in_one_process(shared, checkpoint, recompute):
+    settings = config(shared, checkpoint, recompute=recompute)
+    got = greedy(settings, ProcessGroups.single(), prompts(shared))
+    assert got == reference(shared, checkpoint)
+
+
+def on_a_grid(rank: int, settings: NeoXConfig, texts: list[str]) -> list[list[int]]:
+    groups = initialize(Topology(pp=settings.pp, tp=settings.tp), "gloo", torch.device("cpu"))
+    return greedy(settings, groups, texts)
+
+
+@pytest.mark.parametrize("pp, tp", [(1, 2), (2, 1), (2, 2)])
+@pytest.mark.parametrize("checkpoint", CHECKPOINTS[:2])
+def test_greedy_tokens_on_a_grid(world, shared, checkpoint, pp, tp):
+    settings = config(shared, checkpoint, pipe_parallel_size=pp, model_parallel_size=tp)
+    answers = world.run(pp * tp, on_a_grid, settings, prompts(shared))
+    assert answers == [reference(shared, checkpoint)] * (pp * tp)
+
+
+def run_entry_point(rank: int, settings: NeoXConfig) -> None:
+    groups = initialize(Topology(pp=settings.pp, tp=settings.tp), "gloo", torch.device("cpu"))
+    generate.main(settings, groups)
+
+
+@pytest.mark.parametrize("pp", [1, 2])
+def test_results_file(world, shared, tmp_path, pp):
+    texts = prompts(shared)
+    source = tmp_path / "prompts.txt"
+    source.write_text("\n".join(texts))
+    settings = config(
+        shared,
+        "ckpt_mp1pp1",
+        pipe_parallel_size=pp,
+        text_gen_type="input-file",
+        sample_input_file=str(source),
+        sample_output_file=str(tmp_path / "results.jsonl"),
+        return_logits=True,
+    )
+    world.run(pp, run_entry_point, settings)
+    lines = (tmp_path / "results.jsonl").read_text().splitlines()
+    tokenizer = build_tokenizer(settings)
+    for text, line, expected in zip(texts, lines, reference(shared, "ckpt_mp1pp1"), strict=True):
+        result = json.loads(line)
+        new = expected[len(tokenizer.tokenize(text)) :]
+        assert result["context"] == text
+        assert result["text"] == tokenizer.detokenize(new)
+        assert (result["length"], result["finished"]) == (NEW_TOKENS, False)
+        logits = np.array(result["logits"])
+        assert logits.shape == (NEW_TOKENS, 1152)
+        assert logits.argmax(-1).tolist() == new
