@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from neox.config import NeoXConfig
+from neox.parallel.rng import derive_seed
 
 
 @dataclass(frozen=True)
@@ -36,11 +36,9 @@ class Sampling:
 def prompt_generator(seed: int, index: int) -> torch.Generator:
     """The random stream of prompt `index`: its samples do not depend on the other prompts.
 
-    The generator lives on the CPU, so a seed means the same draws on every device. It takes the
-    hash of both numbers because torch's CPU generator looks at 32 bits of its seed only.
+    The generator lives on the CPU, so a seed means the same draws on every device.
     """
-    digest = hashlib.sha256(f"{seed} {index}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))
+    return torch.Generator().manual_seed(derive_seed(seed, "prompt", index))
 
 
 def choose(logits_BV: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
