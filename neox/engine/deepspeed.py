@@ -44,8 +44,11 @@ def start_deepspeed(groups: ProcessGroups) -> None:
     deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False)
 
 
-def wrap(model: nn.Module, config: NeoXConfig) -> Any:
-    """DeepSpeed's engine around a model whose weights are final. Collective over the world."""
+def wrap(model: nn.Module, config: NeoXConfig, mpu: object = None) -> Any:
+    """DeepSpeed's engine around a model whose weights are final. Collective over the world.
+
+    `mpu` tells DeepSpeed the groups; a PipelineModule brings its own.
+    """
     optimizer = build_optimizer(config, model.parameters())
     # DeepSpeed prints its plan; a user sees ours.
     with contextlib.redirect_stdout(io.StringIO()):
@@ -53,10 +56,11 @@ def wrap(model: nn.Module, config: NeoXConfig) -> Any:
             model=model,
             optimizer=optimizer,
             config=to_deepspeed(config),
+            mpu=mpu,
             dist_init_required=False,
         )
     inner.checkpoint_engine = SafeCheckpointEngine()
-    # Weights travel in layer files only, so DeepSpeed's own files must neither repeat nor seek them.
+    # Weights travel in layer files only: DeepSpeed's own files neither repeat nor seek them.
     inner.module_state_dict = lambda exclude_frozen_parameters=False: None
     inner.load_module_state_dict = lambda *args, **kwargs: None
     return inner

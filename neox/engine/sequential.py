@@ -97,4 +97,30 @@ def build_sequential(
                 tied[layer.tied] = module
         local.append((layer, module))
     model = GPT(local, streams, config.checkpoint_activations)
-    return SequentialEngine(wrap(model, config), local, streams, groups)
+    mpu = _ModelParallelUnit(groups) if groups.tp > 1 else None
+    return SequentialEngine(wrap(model, config, mpu), local, streams, groups)
+
+
+class _ModelParallelUnit:
+    """The groups under the names that DeepSpeed calls."""
+
+    def __init__(self, groups: ProcessGroups) -> None:
+        self._groups = groups
+
+    def get_model_parallel_rank(self) -> int:
+        return self._groups.tp_rank
+
+    def get_model_parallel_world_size(self) -> int:
+        return self._groups.tp
+
+    def get_model_parallel_group(self) -> dist.ProcessGroup | None:
+        return self._groups.tp_group
+
+    def get_data_parallel_rank(self) -> int:
+        return self._groups.dp_rank
+
+    def get_data_parallel_world_size(self) -> int:
+        return self._groups.dp
+
+    def get_data_parallel_group(self) -> dist.ProcessGroup | None:
+        return self._groups.dp_group

@@ -112,7 +112,7 @@ class Attention(nn.Module):
 
         A query at position i sees keys i - window ... i, upstream's flash-attention window.
         """
-        windowed = self.window is not None and T > self.window + 1
+        windowed = self.window is not None and self.window + 1 < T
         if not windowed and (start == 0 or S == 1):
             return None
         rows = torch.arange(start, start + S, device=device)[:, None]

@@ -188,6 +188,18 @@ def layers(
     ]
 
 
+def count_parameters(config: ModelConfig, padded_vocab_size: int) -> int:
+    """Parameters of the whole model, each counted once."""
+    layouts = [
+        embedding_layout(config, padded_vocab_size),
+        *[transformer_layout(config)] * config.num_layers,
+        final_norm_layout(config),
+    ]
+    if config.no_weight_tying:
+        layouts.append(head_layout(config, padded_vocab_size))
+    return sum(param.numel for layout in layouts for param in layout.values())
+
+
 def partition(num_layers: int, stages: int) -> list[range]:
     """The layer indices of each stage: transformer layers spread evenly, the first stages taking
     one more where they don't divide; embedding and head at the ends."""

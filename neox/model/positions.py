@@ -21,7 +21,7 @@ class RotaryTable:
         self._cos_TD = self._sin_TD = torch.empty(0, self.dim)
 
     def angles(self, start: int, length: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin for positions [start, start + length): each [length, rotary_dim], as `like`."""
+        """cos and sin, each [length, rotary_dim], from position `start` on; dtype as `like`."""
         stop = start + length
         if self._cos_TD.shape[0] < stop or self._cos_TD.device != like.device:
             self._grow(max(stop, 2 * self._cos_TD.shape[0]), like.device)

@@ -56,7 +56,7 @@ def _stored_blocks(shards: Sequence[Tensor], layout: ParamLayout, dim: int) -> l
 def _slices(
     shards: Sequence[Tensor], stored: list[int], block: int, dim: int, start: int, stop: int
 ) -> list[Tensor]:
-    """Rows [start, stop) of one block of the whole tensor, as views of the shards that hold them."""
+    """Rows [start, stop) of one block of the whole tensor, as views of the shards."""
     width, offset = stored[block], sum(stored[:block])
     pieces = []
     for index, tensor in enumerate(shards):

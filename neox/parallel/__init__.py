@@ -1,1 +1,1 @@
-"""Who computes what: topology (arithmetic), process groups, tensor-parallel layers, random streams."""
+"""Who computes what: topology (arithmetic), process groups, sharded layers, random streams."""

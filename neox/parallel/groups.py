@@ -17,7 +17,7 @@ TIMEOUT = timedelta(minutes=30)
 
 @dataclass(frozen=True)
 class ProcessGroups:
-    """This rank's place in the grid and the groups it communicates in (None where it is alone)."""
+    """This rank's place in the grid and the groups it communicates in (None in a single process)."""
 
     topology: Topology
     rank: int
@@ -126,8 +126,6 @@ def _own_group(groups: list[list[int]], rank: int) -> dist.ProcessGroup | None:
     """Create every group (each rank must take part in each creation); return this rank's own."""
     own = None
     for ranks in groups:
-        if len(ranks) == 1:
-            continue
         group = dist.new_group(ranks)
         if rank in ranks:
             own = group

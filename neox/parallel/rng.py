@@ -24,7 +24,7 @@ def derive_seed(*parts: object) -> int:
 
 
 class DropoutStreams:
-    """The shared stream is torch's default generator; the local stream is swapped in by `local()`."""
+    """The shared stream is torch's default generator; `local()` swaps the local one in."""
 
     def __init__(self, seed: int, groups: ProcessGroups) -> None:
         self._seed = seed

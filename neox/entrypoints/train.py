@@ -1,0 +1,48 @@
+"""train.py: pre-training and fine-tuning."""
+
+from __future__ import annotations
+
+from neox import log
+from neox.config import NeoXConfig
+from neox.data.loaders import build_loaders
+from neox.engine.build import build_engine
+from neox.errors import ConfigError
+from neox.model.gpt import count_parameters
+from neox.model.layout import pad_vocab_size
+from neox.parallel.groups import ProcessGroups
+from neox.tokenizer import build_tokenizer
+from neox.train.loop import evaluate, train
+from neox.train.metrics import RunLog
+from neox.train.start import find_start
+
+
+def main(config: NeoXConfig, groups: ProcessGroups) -> None:
+    """Train, validate, test. Collective over the world."""
+    if config.dtype == "float16" and groups.device.type == "cpu":
+        raise ConfigError(
+            "fp16 training needs a GPU: DeepSpeed has no float16 optimizer for the CPU. "
+            "Use --set precision=bfloat16 or --set precision=fp32 here."
+        )
+    tokenizer = build_tokenizer(config)
+    padded_vocab_size = pad_vocab_size(
+        tokenizer.vocab_size, config.make_vocab_size_divisible_by, groups.tp
+    )
+    log.info(
+        f"model: {count_parameters(config, padded_vocab_size):,} parameters, "
+        f"vocabulary {tokenizer.vocab_size} padded to {padded_vocab_size}; "
+        f"grid: tp {groups.tp} x pp {groups.pp} x dp {groups.dp}; {config.dtype}"
+    )
+    if config.zero_stage == 0:
+        log.info("zero_optimization: stage 0 runs as stage 1, the same arithmetic in less memory")
+    start = find_start(config, groups)
+    loaders = build_loaders(config, groups, start.iteration, tokenizer.eod)
+    engine = build_engine(config, groups, padded_vocab_size, start.checkpoint)
+    if start.with_optimizer:
+        assert start.checkpoint is not None
+        engine.load_optimizer(start.checkpoint.folder)
+
+    with RunLog(config, groups, iteration=start.iteration) as run:
+        iteration = train(config, groups, engine, loaders, run, start.iteration)
+        for prefix, batches in (("validation", loaders.valid), ("test", loaders.test)):
+            if batches is not None:
+                run.evaluation(prefix, iteration, evaluate(config, engine, batches))

@@ -1,0 +1,81 @@
+"""The training loop, whole: rate, step, log, validate, save."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from neox.checkpoint.directory import keep_last, write_checkpoint
+from neox.config import NeoXConfig
+from neox.data.loaders import Batch, Loaders
+from neox.engine.base import Engine
+from neox.parallel.groups import ProcessGroups
+from neox.train.cadence import is_save_iteration
+from neox.train.metrics import RunLog, StepResult
+from neox.train.schedule import rate_reported_at, rate_used_at
+
+
+def train(
+    config: NeoXConfig,
+    groups: ProcessGroups,
+    engine: Engine,
+    loaders: Loaders,
+    run: RunLog,
+    iteration: int,
+) -> int:
+    """Train from `iteration` finished steps to `train_iters`; return the steps then finished.
+
+    Collective over the world.
+    """
+    if iteration == 0 and is_save_iteration(config, 0):
+        save(config, groups, engine, run, 0)
+    while iteration < config.train_iters:
+        iteration += 1
+        started = time.perf_counter()
+        step = engine.train_batch(loaders.train, iteration, rate_used_at(config, iteration))
+        run.train_step(
+            iteration,
+            StepResult(
+                loss=step.loss,
+                learning_rate=rate_reported_at(config, iteration),
+                grad_norm=step.grad_norm,
+                skipped=step.skipped,
+                loss_scale=step.loss_scale,
+                seconds=time.perf_counter() - started,
+            ),
+        )
+        if loaders.valid is not None and iteration % config.eval_interval == 0:
+            run.evaluation("validation", iteration, evaluate(config, engine, loaders.valid))
+        if is_save_iteration(config, iteration):
+            save(config, groups, engine, run, iteration)
+        if config.exit_interval and iteration % config.exit_interval == 0:
+            break
+    return iteration
+
+
+def evaluate(config: NeoXConfig, engine: Engine, batches: Iterator[Batch]) -> dict[str, float]:
+    """Mean loss and perplexity over `eval_iters` global batches. Collective over the world."""
+    losses = [engine.eval_batch(batches) for _ in range(config.eval_iters)]
+    loss = sum(losses) / len(losses)
+    # Upstream caps the exponent at 20, so that a diverged model's perplexity stays a number.
+    return {"lm_loss": loss, "lm_loss_ppl": math.exp(min(20.0, loss))}
+
+
+def save(
+    config: NeoXConfig, groups: ProcessGroups, engine: Engine, run: RunLog, iteration: int
+) -> None:
+    """Write a checkpoint and prune old ones. Collective over the world."""
+    assert config.save is not None
+    directory = Path(config.save)
+    folder = write_checkpoint(
+        directory,
+        iteration,
+        lambda aside: engine.save(aside, {"iteration": iteration}),
+        config.config_files or {},
+        groups,
+    )
+    if config.keep_last_n_checkpoints:
+        keep_last(directory, config.keep_last_n_checkpoints, groups)
+    run.checkpoint_saved(iteration, folder)
