@@ -1,0 +1,162 @@
+"""Score a model on tasks, and say what was measured: the numbers, on what, of what, and how."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import time
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from neox import atomic, log
+from neox.config import NeoXConfig
+from neox.evaluation.tasks import load_tasks, silenced
+from neox.inference.stages import InferenceModel
+from neox.parallel.groups import ProcessGroups
+from neox.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from lm_eval.tasks.manager import TaskDict
+
+BOOTSTRAP_ITERATIONS = 10_000  # for the standard error of metrics that have no formula for it
+LIBRARIES = ("lm-eval", "torch", "datasets", "tokenizers")
+
+
+class Score(NamedTuple):
+    task: str
+    metric: str  # lm-eval's name; with its filter's name behind it unless that is "none"
+    value: float
+    stderr: float | None
+    documents: int
+
+
+def evaluate(
+    config: NeoXConfig,
+    model: InferenceModel,
+    tokenizer: Tokenizer,
+    groups: ProcessGroups,
+    tasks: TaskDict | None = None,
+) -> dict[str, Any]:
+    """Score `model` on every document of `tasks` (default: the configuration's), or on `limit`.
+
+    Returns lm-eval's dictionary of results, and in it `n_docs` (documents scored, by task) and
+    what the scores depend on besides the checkpoint. Collective over the world. Every rank gets the scores, rank 0
+    alone their standard errors.
+    """
+    from lm_eval import evaluator
+
+    from neox.evaluation.adapter import NeoXLM
+
+    tasks = load_tasks(config) if tasks is None else tasks
+    # lm-eval would bootstrap in forked processes, and a process with communicators cannot fork.
+    os.environ["DISABLE_MULTIPROC"] = "1"
+    started = time.time()
+    with log.progress(total=0, desc="evaluating") as bar, silenced():
+        lm = NeoXLM(
+            model,
+            tokenizer,
+            batch_size=config.train_micro_batch_size_per_gpu,
+            seed=config.seed,
+            bar=bar,
+        )
+        results = evaluator.evaluate(
+            lm,
+            tasks,
+            limit=config.limit,
+            bootstrap_iters=BOOTSTRAP_ITERATIONS if groups.rank == 0 else 0,
+            log_samples=False,
+        )
+    for definition in results["configs"].values():
+        definition.pop("custom_dataset", None)  # a function; dataset_path says what it read
+    return {
+        **results,
+        "n_docs": {task: count["effective"] for task, count in results["n-samples"].items()},
+        **_conditions(config, tokenizer, groups),
+        "date": started,
+        "duration_seconds": time.time() - started,
+    }
+
+
+def write_results(results: Mapping[str, Any], prefix: str) -> Path:
+    """Write `[{prefix}_]eval_results_{now}.json`; in the working directory, as upstream does."""
+    now = datetime.datetime.now().strftime("%m-%d-%Y-%H-%M-%S")
+    path = Path(f"{prefix}_eval_results_{now}.json" if prefix else f"eval_results_{now}.json")
+    atomic.write_text(path, json.dumps(results, indent=4, default=str) + "\n")
+    return path
+
+
+def scores(results: Mapping[str, Any]) -> list[Score]:
+    """Every metric of every task and group in `evaluate`'s results."""
+    found = []
+    for task, values in results["results"].items():
+        for key, value in values.items():
+            metric, comma, filtered = key.partition(",")
+            if not comma or metric.endswith("_stderr") or isinstance(value, str):
+                continue
+            stderr = values.get(f"{metric}_stderr,{filtered}")
+            found.append(
+                Score(
+                    task,
+                    metric if filtered == "none" else f"{metric}_{filtered}",
+                    float(value),
+                    None if stderr is None or isinstance(stderr, str) else float(stderr),
+                    int(values["sample_len"]),
+                )
+            )
+    return found
+
+
+def tracker_metrics(results: Mapping[str, Any]) -> dict[str, float]:
+    """`eval/{task}_{metric}` -> value, and `eval/{task}_{metric}_stderr` where there is one."""
+    values = {}
+    for score in scores(results):
+        values[f"eval/{score.task}_{score.metric}"] = score.value
+        if score.stderr is not None:
+            values[f"eval/{score.task}_{score.metric}_stderr"] = score.stderr
+    return values
+
+
+def table(results: Mapping[str, Any]) -> str:
+    """The scores for people: task, metric, value, standard error, documents."""
+    rows = [("task", "metric", "value", "stderr", "documents")]
+    for score in scores(results):
+        stderr = "" if score.stderr is None else f"{score.stderr:.4f}"
+        rows.append((score.task, score.metric, f"{score.value:.4f}", stderr, str(score.documents)))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if column < 2 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    )
+
+
+def _conditions(config: NeoXConfig, tokenizer: Tokenizer, groups: ProcessGroups) -> dict[str, Any]:
+    """What the scores are of and depend on. `config` has the keys of upstream's results files."""
+    from lm_eval.loggers.utils import get_git_commit_hash
+
+    return {
+        "config": {
+            "model": "neox",
+            "batch_size": config.train_micro_batch_size_per_gpu,
+            "device": str(groups.device),
+            "use_cache": None,
+            "limit": config.limit,
+            "num_fewshot": config.num_fewshot,
+            "bootstrap_iters": BOOTSTRAP_ITERATIONS,
+            "seed": config.seed,
+            "precision": config.dtype,
+        },
+        "tokenizer": {
+            "type": config.tokenizer_type,
+            "name": tokenizer.name,
+            "vocab_size": tokenizer.vocab_size,
+        },
+        "grid": {"tp": groups.tp, "pp": groups.pp, "dp": groups.dp},
+        "library_versions": {library: version(library) for library in LIBRARIES},
+        "git_hash": get_git_commit_hash(),
+    }
