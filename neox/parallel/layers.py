@@ -83,13 +83,12 @@ def reduce_from_tensor_parallel(x: Tensor, groups: ProcessGroups) -> Tensor:
 
 
 def gather_from_tensor_parallel(x: Tensor, groups: ProcessGroups) -> Tensor:
-    """Join the ranks' shards along the last dimension."""
+    """Join the ranks' shards along the last dimension, on every rank. Has no gradient."""
     if groups.tp == 1:
         return x
-    from neox.parallel import megatron
-
-    assert groups.tp_group is not None
-    return megatron.gather_last_dim(x, groups.tp_group)
+    shards = [torch.empty_like(x) for _ in range(groups.tp)]
+    dist.all_gather(shards, x.contiguous(), group=groups.tp_group)
+    return torch.cat(shards, dim=-1)
 
 
 def copy_to_tensor_parallel(

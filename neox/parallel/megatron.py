@@ -109,11 +109,6 @@ def reduce(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     return tensor_parallel.reduce_from_tensor_model_parallel_region(x, group=group)
 
 
-def gather_last_dim(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """All-gather the shards of the last dimension."""
-    return tensor_parallel.gather_from_tensor_model_parallel_region(x, group=group)
-
-
 def vocab_parallel_cross_entropy(logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:
     """Per-token loss, float32, from vocabulary-sharded logits.
 
