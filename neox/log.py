@@ -46,7 +46,7 @@ def progress(*, total: int, desc: str, unit: str = "it", initial: int = 0):
 
 
 def quiet_third_parties() -> None:
-    """Silence libraries' logs and warnings. Call before importing them; errors still come through."""
+    """Silence libraries' logs and warnings, but not their errors. Call before importing them."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("WANDB_SILENT", "true")

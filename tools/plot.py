@@ -52,16 +52,14 @@ def main(arguments: list[str] | None = None) -> int:
     except (PlotError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"{options.output}: {options.key} of {len(runs)} run(s)")
+    print(f"{options.output}: {options.key} of {', '.join(run.name for run in runs)}")
     return 0
 
 
 def load_runs(paths: list[Path]) -> list[Run]:
-    """Read every run. A run is named after its folder, or by its whole path where that is unclear."""
+    """Read every run. It is named after its folder, or by its path where two have that name."""
     files = [path / "metrics.jsonl" if path.is_dir() else path for path in paths]
-    names = [
-        file.resolve().parent.name if file.name == "metrics.jsonl" else file.stem for file in files
-    ]
+    names = [f.resolve().parent.name if f.name == "metrics.jsonl" else f.stem for f in files]
     return [
         Run(name if names.count(name) == 1 else str(file), file, read_rows(file))
         for name, file in zip(names, files, strict=True)

@@ -1,0 +1,65 @@
+"""The learning rate's curve."""
+
+from __future__ import annotations
+
+import pytest
+
+from neox.train.schedule import decay_iterations, learning_rate, rate_reported, rate_used
+
+STYLES = ["constant", "linear", "cosine", "exponential"]
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_warmup_rises_in_equal_steps_to_the_peak(make_config, style):
+    config = make_config(lr_decay_style=style, warmup=0.2)
+    rates = [learning_rate(config, step) for step in range(1, 5)]
+    assert rates == pytest.approx([0.25e-3, 0.5e-3, 0.75e-3, 1e-3])
+
+
+def test_an_iteration_uses_the_rate_that_the_one_before_reported(make_config):
+    config = make_config()
+    for iteration in range(2, 30):
+        assert rate_used(config, iteration) == rate_reported(config, iteration - 1)
+    assert rate_used(config, 1) == rate_reported(config, 1) > 0  # the first has none before it
+
+
+@pytest.mark.parametrize("style", ["linear", "cosine"])
+def test_the_rate_stays_at_min_lr_after_the_decay(make_config, style):
+    config = make_config(lr_decay_style=style, train_iters=100, lr_decay_iters=20)
+    assert learning_rate(config, 18) > 1e-4
+    assert {learning_rate(config, step) for step in range(20, 101)} == {1e-4}
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_the_rate_never_rises_after_warmup_nor_leaves_its_bounds(make_config, style):
+    config = make_config(lr_decay_style=style, warmup=0.17, train_iters=400, lr_decay_iters=100)
+    rates = [learning_rate(config, step) for step in range(18, 401)]
+    assert rates == sorted(rates, reverse=True)
+    assert max(rates) <= 1e-3
+    assert min(rates) >= 1e-4
+
+
+def test_exponential_halves_over_the_decay(make_config):
+    config = make_config(lr_decay_style="exponential", warmup=0.0)
+    assert learning_rate(config, 20) == pytest.approx(0.5e-3, rel=1e-3)
+    assert learning_rate(config, 40) == pytest.approx(0.25e-3, rel=1e-3)
+    assert learning_rate(config, 1000) == 1e-4
+
+
+def test_a_warmup_shorter_than_one_step_does_not_overshoot(make_config):
+    config = make_config(warmup=0.01)  # 0.2 steps
+    assert all(learning_rate(config, step) <= 1e-3 for step in range(21))
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_warmup_may_take_the_whole_decay(make_config, style):
+    config = make_config(lr_decay_style=style, warmup=1.0)
+    assert learning_rate(config, 20) == 1e-3
+    assert 1e-4 <= learning_rate(config, 21) <= 1e-3
+
+
+def test_the_decay_ends_at_its_own_iteration_or_fraction_or_with_training(make_config):
+    assert decay_iterations(make_config()) == 20
+    assert decay_iterations(make_config(lr_decay_fraction=0.77)) == 15
+    assert decay_iterations(make_config(lr_decay_iters=7)) == 7
+    assert decay_iterations(make_config(lr_decay_fraction=0.01)) == 1

@@ -1,0 +1,254 @@
+"""W&B and TensorBoard: what they are given, and that they cannot harm a run."""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+import sys
+import types
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import wandb
+from wandb.proto import wandb_internal_pb2
+
+from neox.parallel.groups import ProcessGroups
+from neox.train.metrics import RunLog, StepResult
+from neox.train.trackers import Trackers, open_trackers
+
+RECORD_HEADER = struct.Struct("<IHB")  # checksum, length, kind
+BLOCK = 32768  # LevelDB's log format: no record crosses a block unless it is split
+FULL, LAST = 1, 4
+
+
+def read_wandb_file(path: Path) -> Iterator[wandb_internal_pb2.Record]:
+    """The records of an offline run's `.wandb` file."""
+    data = path.read_bytes()
+    position, pending = 7, b""  # after the file's own header
+    while position + RECORD_HEADER.size <= len(data):
+        if BLOCK - position % BLOCK < RECORD_HEADER.size:  # padding
+            position += BLOCK - position % BLOCK
+            continue
+        _, length, kind = RECORD_HEADER.unpack_from(data, position)
+        position += RECORD_HEADER.size
+        pending += data[position : position + length]
+        position += length
+        if kind in (FULL, LAST):
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(pending)
+            pending = b""
+            yield record
+
+
+@pytest.fixture
+def no_wandb_account(monkeypatch, tmp_path) -> Iterator[None]:
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_DIR", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "wandb-settings"))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    wandb.teardown()
+    yield
+    wandb.teardown()
+
+
+@pytest.fixture
+def wandb_config(make_config, tmp_path):
+    return make_config(
+        use_wandb=True,
+        wandb_project="a project",
+        wandb_group="a group",
+        wandb_run_name="a name",
+        wandb_team="a team",
+        log_dir=str(tmp_path / "logs"),
+    )
+
+
+def _the_record(records: list[wandb_internal_pb2.Record], kind: str):
+    (found,) = [getattr(record, kind) for record in records if record.HasField(kind)]
+    return found
+
+
+def _offline_run(folder: Path) -> list[wandb_internal_pb2.Record]:
+    wandb.teardown()  # its service writes the file on after the run is finished
+    (path,) = folder.glob("wandb/offline-run-*/run-*.wandb")
+    return list(read_wandb_file(path))
+
+
+def _history(records: list[wandb_internal_pb2.Record]) -> dict[int, dict[str, float]]:
+    rows = [record.history for record in records if record.HasField("history")]
+    return {
+        row.step.num: {
+            item.nested_key[0] if item.nested_key else item.key: json.loads(item.value_json)
+            for item in row.item
+        }
+        for row in rows
+    }
+
+
+def test_wandb_keeps_an_offline_run_without_an_account(
+    no_wandb_account, wandb_config, tmp_path, capfd
+):
+    with open_trackers(wandb_config, rank=0) as trackers:
+        trackers.log({"train/lm_loss": 7.0, "train/learning_rate": 1e-3}, step=1)
+        trackers.log({"train/lm_loss": math.nan}, step=2)
+        trackers.log({"validation/lm_loss": 6.0, "validation/lm_loss_ppl": 403.4}, step=2)
+    printed = capfd.readouterr()
+    assert printed.out.splitlines() == [
+        "W&B has no API key here: the run is kept offline, `wandb sync` uploads it"
+    ]
+    assert printed.err == ""
+
+    records = _offline_run(tmp_path / "logs")
+    history = _history(records)
+    assert history.keys() == {1, 2}
+    assert history[1]["train/lm_loss"] == 7.0
+    assert history[1]["train/learning_rate"] == 1e-3
+    assert math.isnan(history[2]["train/lm_loss"])
+    assert history[2]["validation/lm_loss"] == 6.0
+    assert history[2]["validation/lm_loss_ppl"] == 403.4
+    run = _the_record(records, "run")
+    assert run.project == "a project"
+    assert run.run_group == "a group"
+    assert run.display_name == "a name"
+    assert run.entity == "a team"
+    saved = {item.key: json.loads(item.value_json) for item in run.config.update}
+    assert saved["hidden_size"] == 128
+    assert saved["optimizer"]["params"]["lr"] == 1e-3
+    assert _the_record(records, "exit").exit_code == 0
+
+
+def test_wandb_and_metrics_jsonl_hold_the_same_rows(no_wandb_account, make_config, tmp_path):
+    config = make_config(use_wandb=True, log_dir=str(tmp_path), peak_theoretical_tflops=1.0)
+    groups = ProcessGroups.single()
+    with RunLog(config, groups, iteration=0, padded_vocab_size=1152) as run:
+        for iteration in (1, 2, 3, 4):
+            run.train_step(iteration, StepResult(7.0, 1e-3, 0.25, grad_norm=0.5, loss_scale=8.0))
+        run.evaluation("validation", 4, {"lm_loss": 6.0, "lm_loss_ppl": math.exp(6.0)})
+        run.evaluation("test", 4, {"lm_loss": 6.0, "lm_loss_ppl": math.exp(6.0)})
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    rows = {row.pop("iteration"): row for row in map(json.loads, lines)}
+    own = {"_step", "_timestamp", "_runtime"}  # W&B's
+    history = {
+        step: {key: value for key, value in row.items() if key not in own}
+        for step, row in _history(_offline_run(tmp_path)).items()
+    }
+    assert history == rows
+    assert list(rows) == [1, 2, 3, 4]
+
+
+def test_wandb_is_told_that_a_run_failed(no_wandb_account, wandb_config, tmp_path):
+    with pytest.raises(ZeroDivisionError), open_trackers(wandb_config, rank=0):
+        raise ZeroDivisionError
+    assert _the_record(_offline_run(tmp_path / "logs"), "exit").exit_code == 1
+
+
+def test_wandb_goes_offline_when_its_server_does_not_answer(
+    no_wandb_account, make_config, tmp_path, monkeypatch, capfd
+):
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setenv("WANDB_INIT_TIMEOUT", "3")
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # the discard port: refused
+    config = make_config(use_wandb=True, log_dir=str(tmp_path))
+    with open_trackers(config, rank=0) as trackers:
+        trackers.log({"train/lm_loss": 7.0}, step=1)
+    assert "W&B cannot be reached, the run is kept offline" in capfd.readouterr().err
+    assert _history(_offline_run(tmp_path))[1]["train/lm_loss"] == 7.0
+
+
+def test_wandb_mode_of_the_environment_is_kept(
+    no_wandb_account, wandb_config, tmp_path, monkeypatch, capfd
+):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    with open_trackers(wandb_config, rank=0) as trackers:
+        trackers.log({"train/lm_loss": 7.0}, step=1)
+    assert capfd.readouterr() == ("", "")
+    assert _history(_offline_run(tmp_path / "logs"))[1]["train/lm_loss"] == 7.0
+
+
+def test_other_ranks_track_nothing(wandb_config, tmp_path):
+    with open_trackers(wandb_config, rank=1) as trackers:
+        trackers.log({"train/lm_loss": 7.0}, step=1)
+    assert not (tmp_path / "logs").exists()
+
+
+def test_tensorboard_gets_every_value_and_drops_later_points_of_an_earlier_run(
+    make_config, monkeypatch
+):
+    points, closed = [], []
+
+    class SummaryWriter:
+        def __init__(self, log_dir: str, purge_step: int) -> None:
+            points.append((log_dir, "purge", purge_step))
+
+        def add_scalar(self, key: str, value: float, step: int) -> None:
+            points.append((key, value, step))
+
+        def close(self) -> None:
+            closed.append(True)
+
+    module = types.SimpleNamespace(SummaryWriter=SummaryWriter)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    with open_trackers(make_config(tensorboard_dir="tb"), rank=0, iteration=10) as trackers:
+        trackers.log({"train/lm_loss": 7.0, "train/learning_rate": 1e-3}, step=11)
+    assert points == [
+        ("tb", "purge", 11),
+        ("train/lm_loss", 7.0, 11),
+        ("train/learning_rate", 1e-3, 11),
+    ]
+    assert closed == [True]
+
+
+def test_a_missing_tensorboard_costs_one_warning(make_config, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with open_trackers(make_config(tensorboard_dir="tb"), rank=0) as trackers:
+        trackers.log({"train/lm_loss": 7.0}, step=1)
+    assert capsys.readouterr().err.splitlines() == [
+        "warning: TensorBoard is left out: tensorboard_dir needs `pip install tensorboard`"
+    ]
+
+
+class Recorder:
+    """A tracker that remembers, and raises once it is told to."""
+
+    def __init__(self, breaks_at: int | None = None) -> None:
+        self.steps: list[int] = []
+        self.closed = False
+        self.breaks_at = breaks_at
+
+    def log(self, values, step) -> None:
+        if step == self.breaks_at:
+            raise OSError("disk full\nsecond line")
+        self.steps.append(step)
+
+    def close(self, failed: bool = False) -> None:
+        self.closed = True
+        if self.breaks_at is not None:
+            raise OSError("disk full")
+
+
+def test_a_tracker_that_raises_is_left_out_after_one_warning(capsys):
+    broken, sound = Recorder(breaks_at=2), Recorder()
+    trackers = Trackers()
+    trackers.add("broken", lambda: broken)
+    trackers.add("sound", lambda: sound)
+    for step in (1, 2, 3):
+        trackers.log({}, step)
+    trackers.close()
+    assert broken.steps == [1]
+    assert sound.steps == [1, 2, 3]
+    assert sound.closed
+    assert capsys.readouterr().err.splitlines() == [
+        "warning: broken failed, the run goes on without it: disk full"
+    ]
+
+
+def test_a_tracker_that_raises_at_the_end_does_not_stop_the_others_from_closing(capsys):
+    broken, sound = Recorder(breaks_at=9), Recorder()
+    with Trackers() as trackers:
+        trackers.add("broken", lambda: broken)
+        trackers.add("sound", lambda: sound)
+    assert sound.closed
+    assert "broken failed" in capsys.readouterr().err
