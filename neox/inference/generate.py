@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -103,7 +103,7 @@ def continuation(
     return generate(
         model,
         prompt,
-        maximum_tokens=min(config.maximum_tokens or config.seq_length, room(config, prompt)),
+        maximum_tokens=min(config.maximum_tokens, room(config, prompt)),
         sampling=Sampling.of(config),
         generator=prompt_generator(config.seed, index),
         eod=tokenizer.eod,
@@ -112,7 +112,12 @@ def continuation(
 
 
 def complete(
-    model: InferenceModel, tokenizer: Tokenizer, config: NeoXConfig, context: str, index: int
+    model: InferenceModel,
+    tokenizer: Tokenizer,
+    config: NeoXConfig,
+    context: str,
+    index: int,
+    on_token: Callable[[], object] = lambda: None,
 ) -> dict[str, Any]:
     """Generate after `context` and return the result that files hold, the same on every rank.
 
@@ -131,6 +136,7 @@ def complete(
     problem = no_room(config, prompt)
     if problem is None:
         for token, logits_V in continuation(model, tokenizer, config, prompt, index):
+            on_token()
             rows.append(logits_V)
             finished = token == tokenizer.eod
             if not finished:
@@ -154,7 +160,7 @@ def complete(
         "duration_seconds": time.perf_counter() - start,
     }
     if config.return_logits:
-        result["logits"] = _shared_logits(model, rows, config.maximum_tokens or len(rows))
+        result["logits"] = _shared_logits(model, rows, config.maximum_tokens)
     return result
 
 

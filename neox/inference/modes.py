@@ -111,22 +111,26 @@ def write_completions(
     Collective over the world.
     """
     groups = model.groups
-    count = len(job.prompts)
+    count, limit = len(job.prompts), config.maximum_tokens
     opened: Any = contextlib.nullcontext()
     if groups.rank == 0:
         opened = job.output.open("w", encoding="utf-8")
-    with opened as file, log.progress(total=count, desc="Generating", unit="prompt") as bar:
+    progress = log.progress(total=count * limit, desc="Generating", unit="token")
+    with opened as file, progress as bar:
         for first in range(0, count, groups.dp):
+            bar.set_description(f"Generating, prompt {first + 1} of {count}")
             index = first + groups.dp_rank
             own = None
             if index < count:
-                own = complete(model, tokenizer, config, job.prompts[index], index)
+                context = job.prompts[index]
+                own = complete(model, tokenizer, config, context, index, bar.update)
             for number, result in enumerate(_gather(own, groups), start=first + 1):
                 file.write(json.dumps(result) + "\n")
                 file.flush()
-                bar.update()
                 if result["message"] is not None:
                     log.warning(f"prompt {number}: {result['message'].removeprefix('WARNING: ')}")
+            # What other replicas generated, and what ended early.
+            bar.update(min(first + groups.dp, count) * limit - bar.n)
     log.info(f"{count} result{'s' if count > 1 else ''} in {job.output}")
 
 

@@ -112,10 +112,9 @@ def test_tokens_of_the_padded_vocabulary_are_reported_and_left_out():
     assert (got["text"], got["length"], got["message"]) == ("ab", 3, UNKNOWN_TOKEN)
 
 
-@pytest.mark.parametrize("maximum_tokens", [64, 0])
-def test_prompt_and_completion_fill_seq_length_and_no_more(maximum_tokens):
-    assert result(60 * "a", maximum_tokens=maximum_tokens)["length"] == 4
-    assert result(63 * "a", maximum_tokens=maximum_tokens)["length"] == 1
+def test_prompt_and_completion_fill_seq_length_and_no_more():
+    assert result(60 * "a")["length"] == 4
+    assert result(63 * "a")["length"] == 1
 
 
 @pytest.mark.parametrize("length", [64, 65, 500])
