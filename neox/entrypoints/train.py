@@ -41,8 +41,14 @@ def main(config: NeoXConfig, groups: ProcessGroups) -> None:
         assert start.checkpoint is not None
         engine.load_optimizer(start.checkpoint.folder)
 
-    with RunLog(config, groups, iteration=start.iteration) as run:
+    with RunLog(
+        config, groups, iteration=start.iteration, padded_vocab_size=padded_vocab_size
+    ) as run:
         iteration = train(config, groups, engine, loaders, run, start.iteration)
-        for prefix, batches in (("validation", loaders.valid), ("test", loaders.test)):
+        for chart, data, batches in (
+            ("validation", "val", loaders.valid),
+            ("test", "test", loaders.test),
+        ):
             if batches is not None:
-                run.evaluation(prefix, iteration, evaluate(config, engine, batches))
+                metrics = evaluate(config, engine, batches)
+                run.evaluation(chart, iteration, metrics, f"the end of training for {data} data")
