@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from neox import log
 from neox.config import NeoXConfig
@@ -61,10 +61,10 @@ class Trackers:
         self.close(failed=kind is not None)
 
 
-def open_trackers(config: NeoXConfig, rank: int, iteration: int = 0) -> Trackers:
+def open_trackers(config: NeoXConfig, rank: int, iteration: int | None = None) -> Trackers:
     """The W&B and TensorBoard runs that `config` asks for; on every rank but 0 there are none.
 
-    `iteration` is the one that training resumes from: later points of an earlier run are dropped.
+    `iteration` is the one that training starts from: later points of an earlier run are dropped.
     """
     trackers = Trackers()
     if rank == 0:
@@ -78,12 +78,13 @@ def open_trackers(config: NeoXConfig, rank: int, iteration: int = 0) -> Trackers
 class TensorBoardTracker:
     """Event files in `tensorboard_dir`."""
 
-    def __init__(self, config: NeoXConfig, iteration: int) -> None:
+    def __init__(self, config: NeoXConfig, iteration: int | None) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise RuntimeError("tensorboard_dir needs `pip install tensorboard`") from error
-        self._writer = SummaryWriter(config.tensorboard_dir, purge_step=iteration + 1)
+        first = None if iteration is None else iteration + 1
+        self._writer = SummaryWriter(config.tensorboard_dir, purge_step=first)
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         for key, value in values.items():
@@ -108,43 +109,43 @@ class WandbTracker:
             os.environ["WANDB_BASE_URL"] = config.wandb_host
         import wandb
 
+        self._wandb = wandb
         mode = os.environ.get("WANDB_MODE", "online")
         if mode == "online" and not wandb.login(prompt=False, verify=False):
             mode = "offline"
             log.info("W&B has no API key here: the run is kept offline, `wandb sync` uploads it")
 
-        folder = Path(os.environ.get("WANDB_DIR") or config.log_dir or ".")
-        folder.mkdir(parents=True, exist_ok=True)
-
-        values = json.loads(config.encode())
-        del values["origins"]
-
-        def start(mode: str) -> wandb.Run:
-            return wandb.init(
-                project=config.wandb_project,
-                group=config.wandb_group,
-                name=config.wandb_run_name,
-                entity=config.wandb_team,
-                dir=folder,
-                config=values,
-                mode=mode,
-                # At most a second of metrics is lost with a killed process; the default is 15.
-                settings=wandb.Settings(x_transaction_log_flush_interval=1.0),
-            )
-
         try:
-            self._run = start(mode)
+            self._run = self._start(config, mode)
         except Exception as error:
             if mode != "online":
                 raise
             log.warning(f"W&B cannot be reached, the run is kept offline: {_first_line(error)}")
-            self._run = start("offline")
+            self._run = self._start(config, "offline")
+
+    def _start(self, config: NeoXConfig, mode: str) -> Any:
+        folder = Path(os.environ.get("WANDB_DIR") or config.log_dir or ".")
+        folder.mkdir(parents=True, exist_ok=True)
+        values = json.loads(config.encode())
+        del values["origins"]
+        return self._wandb.init(
+            project=config.wandb_project,
+            group=config.wandb_group,
+            name=config.wandb_run_name,
+            entity=config.wandb_team,
+            dir=folder,
+            config=values,
+            mode=mode,
+            # At most a second of metrics is lost with a killed process; the default is 15.
+            settings=self._wandb.Settings(x_transaction_log_flush_interval=1.0),
+        )
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         self._run.log(dict(values), step=step)
 
     def close(self, failed: bool = False) -> None:
         self._run.finish(exit_code=int(failed))
+        self._wandb.teardown()  # waits until its service has written everything
 
 
 def _first_line(error: Exception) -> str:

@@ -72,7 +72,6 @@ def _the_record(records: list[wandb_internal_pb2.Record], kind: str):
 
 
 def _offline_run(folder: Path) -> list[wandb_internal_pb2.Record]:
-    wandb.teardown()  # its service writes the file on after the run is finished
     (path,) = folder.glob("wandb/offline-run-*/run-*.wandb")
     return list(read_wandb_file(path))
 
