@@ -1,0 +1,28 @@
+#!/usr/bin/env python3
+"""The one command: ./deepy.py train.py|generate.py|evaluate.py CONF... (-h shows the rest)."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+
+def find_libraries() -> None:
+    """Continue under .venv's Python when this one lacks what `make install` puts there."""
+    if all(importlib.util.find_spec(name) for name in ("torch", "yaml")):
+        return
+    environment = Path(__file__).resolve().parent / ".venv"
+    python = environment / "bin" / "python"
+    if python.exists() and Path(sys.prefix).resolve() != environment:
+        os.execv(python, [str(python), *sys.argv])
+    print("error: torch and PyYAML are not installed; run: make install", file=sys.stderr)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+    find_libraries()
+    from neox.cluster.main import main
+
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,220 @@
+"""The grammar of deepy.py's command line."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NoReturn
+
+import neox
+from neox.config import Override
+from neox.errors import ConfigError
+
+REPOSITORY = Path(neox.__file__).resolve().parents[1]
+DEFAULT_CONFIG = REPOSITORY / "configs" / "20B.yml"
+ENTRY_POINTS = {
+    "train.py": "train",
+    "generate.py": "generate",
+    "evaluate.py": "evaluate",
+    "eval.py": "evaluate",
+}
+
+_DESCRIPTION = """\
+Train, generate from or evaluate a GPT-NeoX model described by NeoX YAML files."""
+
+_EPILOG = """\
+USER_SCRIPT is train.py, generate.py or evaluate.py (also eval.py), or the path of your own script,
+which finds its configuration through the environment variable NEOX_CONFIG_FILE.
+A CONF without .yml, .yaml or .json gets .yml: 125M is 125M.yml. Without any CONF, configs/20B.yml
+is used.
+
+examples:
+  ./deepy.py train.py -d configs 125M.yml local_setup.yml
+  ./deepy.py train.py configs/demo.yml --set train_iters=100 --set optimizer.params.lr=6e-4
+  ./deepy.py generate.py configs/20B.yml                        unconditional
+  ./deepy.py generate.py configs/20B.yml -i prompts.txt -o samples.jsonl
+  ./deepy.py evaluate.py configs/20B.yml --eval_tasks lambada piqa --num_fewshot 5
+  ./deepy.py train.py configs/20B.yml --dry_run                 the configuration, nothing runs
+"""
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """A command line, understood."""
+
+    entry_point: str | None  # a module of neox.entrypoints ...
+    script: Path | None  # ... or the user's own script
+    files: tuple[Path, ...] = ()
+    overrides: dict[str, Override] = field(default_factory=dict)
+    dry_run: bool = False
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message} (./deepy.py -h lists what there is)")
+
+
+def parse(argv: Sequence[str]) -> Arguments:
+    """Understand the words after `deepy.py`. ConfigError for wrong usage; -h and --version exit."""
+    parser = _build_parser()
+    # Intermixed: configuration files may stand before, between and after flags.
+    given, unknown = parser.parse_known_intermixed_args(argv)
+    if unknown:
+        raise ConfigError(_explain_unknown(parser, unknown[0]))
+    if given.autotuning:
+        raise ConfigError(
+            "--autotuning: DeepSpeed's autotuner is not supported, since it starts processes by "
+            "itself; set train_micro_batch_size_per_gpu and zero_optimization instead"
+        )
+    tasks, names = _split_tasks(given.eval_tasks or [])
+    if given.eval_tasks and not tasks:
+        raise ConfigError("--eval_tasks: name at least one task, for example --eval_tasks lambada")
+    files = _config_files(given.conf_dir, [*given.conf_file, *names])
+    entry_point, script = _user_script(given.user_script)
+    return Arguments(entry_point, script, files, _overrides(given, tasks), given.dry_run)
+
+
+def _build_parser() -> _Parser:
+    parser = _Parser(
+        prog="deepy.py",
+        usage="deepy.py USER_SCRIPT [-d DIR] CONF [CONF ...] [flags]",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("user_script", metavar="USER_SCRIPT", help="what to run")
+    add("conf_file", metavar="CONF", nargs="*", default=[], help="configuration files, merged")
+    add("-d", "--conf_dir", metavar="DIR", help="folder that the CONF names are relative to")
+    add(
+        "--set",
+        metavar="KEY=VALUE",
+        action="append",
+        default=[],
+        help=("override one key (repeatable); dots reach into blocks: optimizer.params.lr=6e-4"),
+    )
+    add(
+        "--dry_run",
+        action="store_true",
+        help=("print the effective configuration and where each value comes from; run nothing"),
+    )
+    add("--iteration", metavar="N", type=int, help="checkpoint to load (default: the latest)")
+    add("-H", "--hostfile", metavar="FILE", help="hosts and their slots, one 'host slots=N' a line")
+
+    generate = parser.add_argument_group("generate.py")
+    add = generate.add_argument
+    add("-i", "--sample_input_file", metavar="FILE", help="prompts to continue")
+    add("-o", "--sample_output_file", metavar="FILE", help="where the samples go (JSON Lines)")
+
+    evaluate = parser.add_argument_group("evaluate.py")
+    add = evaluate.add_argument
+    add(
+        "--eval_tasks",
+        metavar="TASK",
+        nargs="+",
+        help=("tasks, up to the next flag; a word that ends in .yml, .yaml or .json is a CONF"),
+    )
+    add("--num_fewshot", metavar="N", type=int, help="solved examples in front of each document")
+    add(
+        "--limit",
+        metavar="N",
+        type=_number,
+        help=("first N documents of each task, or a fraction below 1 (default: all)"),
+    )
+    add("--eval_results_prefix", metavar="PREFIX", help="prefix of the results file")
+
+    wandb = parser.add_argument_group("Weights & Biases")
+    add = wandb.add_argument
+    add("--wandb_group", metavar="NAME", help="group of the run")
+    add("--wandb_run_name", metavar="NAME", help="name of the run")
+    add("--wandb_team", metavar="NAME", help="team (entity) of the run")
+
+    parser.add_argument("--autotuning", choices=["tune", "run"], help=argparse.SUPPRESS)
+    parser.add_argument("--version", action="version", version=f"neox {neox.__version__}")
+    return parser
+
+
+# The keys that flags of their own set, and what the configuration names as their origin.
+_FLAGS = {
+    "iteration": "--iteration",
+    "hostfile": "-H",
+    "sample_input_file": "-i",
+    "sample_output_file": "-o",
+    "num_fewshot": "--num_fewshot",
+    "limit": "--limit",
+    "eval_results_prefix": "--eval_results_prefix",
+    "wandb_group": "--wandb_group",
+    "wandb_run_name": "--wandb_run_name",
+    "wandb_team": "--wandb_team",
+}
+
+
+def _overrides(given: argparse.Namespace, tasks: list[str]) -> dict[str, Override]:
+    """The keys that the command line sets; --set comes last and wins over a flag."""
+    overrides = {
+        key: Override(getattr(given, key), flag)
+        for key, flag in _FLAGS.items()
+        if getattr(given, key) is not None
+    }
+    if tasks:
+        overrides["eval_tasks"] = Override(tasks, "--eval_tasks")
+    for assignment in given.set:
+        key, equals, value = assignment.partition("=")
+        if not equals or not key.strip():
+            raise ConfigError(f"--set {assignment}: write --set key=value, without spaces around =")
+        overrides[key.strip().replace("-", "_")] = Override(value, "--set")
+    return overrides
+
+
+def _user_script(name: str) -> tuple[str | None, Path | None]:
+    if name in ENTRY_POINTS:
+        return ENTRY_POINTS[name], None
+    path = Path(name)
+    if path.is_file():
+        return None, path.resolve()
+    known = ", ".join(ENTRY_POINTS)
+    near = difflib.get_close_matches(name, [*ENTRY_POINTS, *ENTRY_POINTS.values()], n=1)
+    hint = f"; did you mean {near[0].removesuffix('.py')}.py?" if near else ":"
+    raise ConfigError(f"no script {name}{hint} there are {known}, or the path of your own script")
+
+
+def _config_files(folder: str | None, names: list[str]) -> tuple[Path, ...]:
+    return tuple(
+        Path(folder or "") / (name if _is_config(name) else f"{name}.yml") for name in names
+    )
+
+
+def _is_config(name: str) -> bool:
+    return name.endswith((".yml", ".yaml", ".json"))
+
+
+def _split_tasks(words: list[str]) -> tuple[list[str], list[str]]:
+    """The tasks and the configuration files among what followed --eval_tasks.
+
+    The flag takes every word up to the next flag. No task is called *.yml, so
+    `--eval_tasks lambada 20B.yml` can only mean one thing.
+    """
+    names = [word for word in words if _is_config(word)]
+    tasks = [task for word in words if not _is_config(word) for task in word.split(",") if task]
+    return tasks, names
+
+
+def _number(text: str) -> int | float:
+    return int(text) if re.fullmatch(r"\d+", text) else float(text)
+
+
+_number.__name__ = "number"  # argparse shows it: invalid number value: 'x'
+
+
+def _explain_unknown(parser: _Parser, word: str) -> str:
+    flag = word.partition("=")[0]
+    known = {option.replace("-", "_"): option for option in parser._option_string_actions}
+    near = difflib.get_close_matches(flag.replace("-", "_"), known, n=1)
+    if near:
+        return f"there is no flag {flag}; did you mean {known[near[0]]}?"
+    return f"there is no flag {flag}; any key of the configuration is set by --set key=value"

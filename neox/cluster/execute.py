@@ -1,0 +1,83 @@
+"""Run one rank's share of a job: the same code in place and under a launcher."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import runpy
+import socket
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from neox import log
+from neox.cluster.run_folder import CONFIG_FILE, Job
+from neox.config import NeoXConfig
+
+
+@dataclass(frozen=True)
+class Place:
+    """A process's rank, its rank on this host, and how many processes there are on this host."""
+
+    rank: int = 0
+    local_rank: int = 0
+    local_size: int = 1
+
+
+def prepare_environment(job: Job, place: Place) -> None:
+    """Set what the libraries read while they are imported; call before torch is."""
+    os.environ.update(
+        RANK=str(place.rank),
+        LOCAL_RANK=str(place.local_rank),
+        WORLD_SIZE=str(job.world_size),
+        MASTER_ADDR=job.master_addr,
+        MASTER_PORT=str(job.master_port),
+    )
+    if place.local_size > 1:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (cores or 1) // place.local_size)))
+    if job.device == "cpu":
+        # A launcher numbers its processes in CUDA_VISIBLE_DEVICES, also on a CPU.
+        os.environ.update(CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu")
+    if job.world_size == place.local_size:
+        # All ranks are here: gloo must not go through a network that may be filtered or down.
+        loopback = [name for _, name in socket.if_nameindex() if name.startswith("lo")]
+        if loopback:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback[0])
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    log.set_rank(place.rank)
+    log.quiet_third_parties()
+
+
+def execute(job: Job, config: NeoXConfig, config_file: Path | None, place: Place) -> None:
+    """Call the entry point's `main(config, groups)`, or run the user's script as __main__.
+
+    A script reads its configuration by
+    `NeoXConfig.decode(Path(os.environ["NEOX_CONFIG_FILE"]).read_text())`. It finds RANK,
+    LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT in its environment; torch.distributed is its
+    own affair.
+    Collective over the world for our entry points. `prepare_environment` has been called.
+    """
+    if job.script is not None:
+        os.environ[CONFIG_FILE] = str(config_file)
+        sys.argv = [job.script]
+        sys.path.insert(0, str(Path(job.script).parent))
+        runpy.run_path(job.script, run_name="__main__")
+        return
+
+    import torch
+
+    from neox.parallel.groups import initialize, shutdown
+    from neox.parallel.topology import Topology
+
+    # Entry points stand above this package; like a user's script, they are named by the job.
+    entry_point = importlib.import_module(f"neox.entrypoints.{job.entry_point}")
+    if job.device == "cuda" or (job.device is None and torch.cuda.is_available()):
+        device, backend = torch.device("cuda", place.local_rank), config.distributed_backend
+        torch.cuda.set_device(device)
+    else:
+        device, backend = torch.device("cpu"), "gloo"
+    replicas = job.world_size // (config.tp * config.pp)
+    groups = initialize(Topology(config.pp, replicas, config.tp), backend, device)
+    entry_point.main(config, groups)
+    shutdown(groups)

@@ -1,0 +1,109 @@
+"""Which hosts and which of their slots a run uses. A slot is a GPU, or a process on a CPU."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from neox.config import NeoXConfig
+from neox.errors import ConfigError
+
+Slots = dict[str, list[int]]  # host name -> slot numbers, in the order ranks are given out
+
+# What exists where a driver of NVIDIA's, of NVIDIA's under Windows, or of AMD's is loaded.
+_DRIVERS = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
+
+
+def cuda_devices() -> list[int]:
+    """The numbers of this machine's visible CUDA devices, [] without any.
+
+    torch is asked, and imported for it, only where a driver is loaded.
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible == "" or not any(Path(driver).exists() for driver in _DRIVERS):
+        return []
+    import torch
+
+    count = torch.cuda.device_count()
+    if visible is None or count == 0:
+        return list(range(count))
+    numbers = visible.split(",")[:count]
+    if not all(number.strip().isdigit() for number in numbers):
+        raise ConfigError(
+            f"CUDA_VISIBLE_DEVICES={visible}: the launcher hands out devices by number; "
+            "use the numbers that nvidia-smi -L shows"
+        )
+    return [int(number) for number in numbers]
+
+
+def find_hostfile(config: NeoXConfig) -> Path | None:
+    """The hostfile of the configuration, of DLTS_HOSTFILE, or DeepSpeed's /job/hostfile."""
+    named = config.hostfile or os.environ.get("DLTS_HOSTFILE")
+    path = Path(named or "/job/hostfile")
+    if path.is_file():
+        return path
+    if named:
+        origin = config.origin("hostfile") if config.hostfile else "DLTS_HOSTFILE"
+        raise ConfigError(f"hostfile {path} ({origin}) is not a file")
+    return None
+
+
+def read_hostfile(path: Path) -> Slots:
+    """Parse lines of `host slots=N`; # starts a comment."""
+    hosts: Slots = {}
+    for number, line in enumerate(path.read_text().splitlines(), start=1):
+        text = line.partition("#")[0].strip()
+        if not text:
+            continue
+        match = re.fullmatch(r"(\S+)\s+slots=(\d+)", text)
+        if match is None:
+            raise ConfigError(f"{path}:{number}: {text!r} is not of the form 'host slots=N'")
+        host, slots = match[1], int(match[2])
+        if host in hosts:
+            raise ConfigError(f"{path}:{number}: host {host} is listed twice")
+        hosts[host] = list(range(slots))
+    if not hosts:
+        raise ConfigError(f"{path} lists no host; write one 'host slots=N' a line")
+    return hosts
+
+
+def select(hosts: Mapping[str, list[int]], config: NeoXConfig) -> Slots:
+    """What include or exclude, else num_nodes and num_gpus (per host), leave of `hosts`."""
+    if config.include and config.exclude:
+        raise ConfigError("include and exclude are both set; give one of them")
+    if config.include:
+        wanted = _parse_filter("include", config.include, hosts)
+        return {host: wanted[host] for host in hosts if host in wanted}
+    if config.exclude:
+        unwanted = _parse_filter("exclude", config.exclude, hosts)
+        left = {
+            host: [slot for slot in slots if slot not in unwanted.get(host, [])]
+            for host, slots in hosts.items()
+        }
+        return {host: slots for host, slots in left.items() if slots}
+    names = list(hosts)[: config.num_nodes] if config.num_nodes > 0 else list(hosts)
+    return {host: hosts[host][: config.num_gpus or None] for host in names}
+
+
+def _parse_filter(key: str, text: str, hosts: Mapping[str, list[int]]) -> Slots:
+    """`host[:slot,slot...][@host...]`, DeepSpeed's notation; a host alone means all its slots."""
+    found: Slots = {}
+    for part in text.split("@"):
+        host, _, slots = part.partition(":")
+        if host not in hosts:
+            raise ConfigError(
+                f"{key}: {text}: there is no host {host}; there are {', '.join(hosts)}"
+            )
+        try:
+            numbers = [int(slot) for slot in slots.split(",")] if slots else hosts[host]
+        except ValueError:
+            raise ConfigError(f"{key}: {text}: slots are numbers, as in {host}:0,1") from None
+        missing = set(numbers) - set(hosts[host])
+        if missing:
+            raise ConfigError(
+                f"{key}: {text}: {host} has no slot {min(missing)}; its slots are {hosts[host]}"
+            )
+        found[host] = sorted(set(numbers))
+    return found

@@ -1,0 +1,172 @@
+"""Decide which processes a run has and start them: one in place, several through DeepSpeed."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import shlex
+import signal
+import socket
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from neox import log
+from neox.cluster.execute import Place, execute, prepare_environment
+from neox.cluster.hosts import Slots, cuda_devices, find_hostfile, read_hostfile, select
+from neox.cluster.run_folder import Job, RunFolder
+from neox.cluster.supervise import supervise
+from neox.config import NeoXConfig
+from neox.errors import ConfigError
+
+_WORKER = Path(__file__).with_name("worker.py")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The processes of a run: their hosts and slots, and what they compute on."""
+
+    hosts: Slots
+    device: str | None  # "cpu", "cuda", or None: each host decides for itself
+    hostfile: Path | None = None  # of a run through ssh, MPI or Slurm
+
+    @property
+    def world_size(self) -> int:
+        return sum(len(slots) for slots in self.hosts.values())
+
+
+def make_plan(config: NeoXConfig) -> Plan:
+    """Which processes to start. ConfigError when their number is no multiple of tp * pp.
+
+    Hosts come from the hostfile. Without one, this machine has as many slots as visible CUDA
+    devices; without those, num_gpus processes on the CPU, or as many as one model needs.
+    """
+    hostfile = find_hostfile(config)
+    local = {"localhost", "127.0.0.1", socket.gethostname()}
+    if hostfile is not None:
+        hosts = select(read_hostfile(hostfile), config)
+        if config.force_multi or len(hosts) > 1 or not local.issuperset(hosts):
+            return _checked(Plan(hosts, None, hostfile), config)
+    devices = cuda_devices()
+    if hostfile is not None:
+        slots = next(iter(hosts.values()))
+        device = "cuda" if set(slots) <= set(devices) else "cpu"
+    elif devices:
+        (slots,) = select({"localhost": devices}, config).values() or ([],)
+        device = "cuda"
+        if config.num_gpus and len(slots) < config.num_gpus:
+            raise ConfigError(
+                f"num_gpus is {config.num_gpus} ({config.origin('num_gpus')}), but there are "
+                f"{len(devices)} visible CUDA devices; set CUDA_VISIBLE_DEVICES= (empty) to run "
+                "on the CPU"
+            )
+    else:
+        slots, device = list(range(config.num_gpus or config.tp * config.pp)), "cpu"
+    return _checked(Plan({"localhost": slots}, device), config)
+
+
+def _checked(plan: Plan, config: NeoXConfig) -> Plan:
+    needed = config.tp * config.pp
+    if plan.world_size == 0 or plan.world_size % needed:
+        raise ConfigError(
+            f"{plan.world_size} processes cannot be divided into model_parallel_size "
+            f"{config.tp} x pipe_parallel_size {config.pp} = {needed} each; set num_gpus "
+            f"({config.origin('num_gpus')}: {config.num_gpus}) to a multiple of {needed}"
+        )
+    return plan
+
+
+def launch(entry_point: str | None, script: Path | None, config: NeoXConfig, plan: Plan) -> int:
+    """Run an entry point, or the user's script, on every process of the plan.
+
+    Returns the exit status. A NeoXError of a process that ran in place is raised here; one of
+    several processes has been printed.
+    """
+    several_hosts = plan.hostfile is not None
+    if plan.world_size > 1 and plan.device == "cpu" and config.distributed_backend == "nccl":
+        log.info(f"no CUDA device: {plan.world_size} processes on the CPU, gloo instead of nccl")
+    job = Job(
+        entry_point=entry_point,
+        script=None if script is None else str(script),
+        device=plan.device,
+        world_size=plan.world_size,
+        master_addr=config.master_addr
+        or (next(iter(plan.hosts)) if several_hosts else "127.0.0.1"),
+        master_port=config.master_port if several_hosts else _choose_port(config),
+        host=socket.gethostname(),
+    )
+    # The other hosts see the current folder, not this machine's /tmp.
+    folder = RunFolder.create(job, config, parent=Path.cwd() if several_hosts else None)
+    try:
+        if plan.world_size == 1 and not several_hosts:
+            return _run_in_place(job, config, folder)
+        command = [*deepspeed_command(plan, job, config), str(_WORKER), str(folder.path)]
+        return supervise(command, _launcher_environment(job), folder, plan.world_size)
+    finally:
+        folder.remove()
+
+
+def _run_in_place(job: Job, config: NeoXConfig, folder: RunFolder) -> int:
+    # Set even where the shell started us with SIGINT ignored, as it does for background jobs.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, _exit_by_signal)
+    prepare_environment(job, Place())
+    try:
+        execute(job, config, folder.config_file, Place())
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    return 0
+
+
+def _exit_by_signal(number: int, frame: object) -> None:
+    raise SystemExit(128 + number)  # so that files and runs are closed on the way out
+
+
+def deepspeed_command(plan: Plan, job: Job, config: NeoXConfig) -> list[str]:
+    """DeepSpeed's launcher, up to the script.
+
+    On one machine that is its per-host part alone: the runner in front of it would import torch
+    once more (two seconds) to start this very command, and report a kill of it as success.
+    Over several hosts it is the runner, given the user's hostfile and filters as they are; it
+    starts pdsh, mpirun or srun. That part has not been exercised on several machines yet.
+    """
+    common = ["--no_local_rank", "--log_level", "critical"]  # its errors, too, we say better
+    common += ["--master_addr", job.master_addr, "--master_port", str(job.master_port)]
+    if plan.hostfile is None:
+        hosts = base64.urlsafe_b64encode(json.dumps(plan.hosts).encode()).decode()
+        module = [sys.executable, "-m", "deepspeed.launcher.launch"]
+        return [*module, f"--world_info={hosts}", *common]
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", *common]
+    command += ["--hostfile", str(plan.hostfile), "--launcher", config.launcher]
+    if config.include or config.exclude:
+        command += ["--include", config.include] if config.include else []
+        command += ["--exclude", config.exclude] if config.exclude else []
+    else:
+        command += ["--num_nodes", str(config.num_nodes)] if config.num_nodes > 0 else []
+        command += ["--num_gpus", str(config.num_gpus)] if config.num_gpus else []
+    command += ["--force_multi"] if config.force_multi else []
+    command += ["--no_ssh_check"] if config.no_ssh_check else []
+    if config.launcher == "slurm":
+        options = {"account": config.account, "comment": config.comment}
+        given = [f"--{name}={shlex.quote(value)}" for name, value in options.items() if value]
+        command += ["--launcher_args", " ".join(given)] if given else []
+    return command
+
+
+def _launcher_environment(job: Job) -> dict[str, str]:
+    environment = dict(os.environ)
+    path = [str(_WORKER.parents[2]), *filter(None, [environment.get("PYTHONPATH")])]
+    environment["PYTHONPATH"] = os.pathsep.join(path)  # DeepSpeed passes it on to other hosts
+    if job.device == "cpu":
+        environment["DS_ACCELERATOR"] = "cpu"
+    return environment
+
+
+def _choose_port(config: NeoXConfig) -> int:
+    """The user's port, else any that is free now: two runs on a machine do not meet."""
+    if config.origin("master_port") != "default":
+        return config.master_port
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]

@@ -1,0 +1,41 @@
+"""deepy.py's whole course: command line, configuration, processes, exit status."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from neox import log
+from neox.cluster.arguments import DEFAULT_CONFIG, Arguments, parse
+from neox.cluster.launch import launch, make_plan
+from neox.config import load_config
+from neox.errors import NeoXError
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run a command line; return the exit status. What the user did wrong is one line and 2."""
+    try:
+        return _run(parse(argv))
+    except NeoXError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _run(arguments: Arguments) -> int:
+    files = arguments.files
+    if not files:
+        log.info("no configuration file given: using configs/20B.yml")
+        files = (DEFAULT_CONFIG,)
+    config = load_config(files, arguments.overrides, purpose=arguments.entry_point)
+    plan = make_plan(config)
+    if plan.world_size != config.world_size:
+        config = load_config(
+            files,
+            arguments.overrides,
+            purpose=arguments.entry_point,
+            world_size=plan.world_size,
+        )
+    if arguments.dry_run:
+        print(config.describe())
+        return 0
+    return launch(arguments.entry_point, arguments.script, config, plan)

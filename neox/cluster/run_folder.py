@@ -1,0 +1,139 @@
+"""What the launcher and the ranks tell each other: files in one private folder per run.
+
+    config.json        the configuration, encoded; ranks never read YAML
+    job.json           what to run
+    leash              a named pipe that the launcher holds open as long as it lives
+    rank_N.started     {pid, host}, once rank N is up
+    rank_N.ended       {status, error, message, time}, when rank N is done or has failed
+    rank_N.log         what rank N > 0 printed
+
+Each file is whole or absent. Nothing of a configuration appears on a command line.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import socket
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+from neox.atomic import write_text
+from neox.config import NeoXConfig
+
+# Every process of a run has it in its environment, which is how a stray one is found.
+RUN_FOLDER = "NEOX_RUN_FOLDER"
+CONFIG_FILE = "NEOX_CONFIG_FILE"
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What every rank runs: an entry point of ours, or the user's own script."""
+
+    entry_point: str | None
+    script: str | None
+    device: str | None  # "cpu", "cuda"; None: each rank looks for itself (several hosts)
+    world_size: int
+    master_addr: str
+    master_port: int
+    host: str  # where the launcher is
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    pid: int
+    host: str
+
+
+@dataclasses.dataclass(frozen=True)
+class End:
+    """How a rank ended, in its own words."""
+
+    status: int
+    error: bool = False  # a NeoXError: `message` is for the user, else it is a traceback
+    message: str = ""
+    time: float = 0.0  # seconds since the epoch
+
+
+class RunFolder:
+    """One run's folder, from either side."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._read: dict[Path, dict] = {}  # a record never changes once it is there
+
+    @classmethod
+    def create(cls, job: Job, config: NeoXConfig, parent: Path | None = None) -> RunFolder:
+        """A new folder that only this user can read (mkdtemp's mode is 0700)."""
+        folder = cls(Path(tempfile.mkdtemp(prefix="neox-run-", dir=parent)))
+        write_text(folder.path / "job.json", json.dumps(dataclasses.asdict(job)))
+        write_text(folder.config_file, config.encode())
+        os.mkfifo(folder.path / "leash")
+        return folder
+
+    def remove(self) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)
+
+    @property
+    def config_file(self) -> Path:
+        return self.path / "config.json"
+
+    def log(self, rank: int) -> Path:
+        return self.path / f"rank_{rank}.log"
+
+    def job(self) -> Job:
+        return Job(**json.loads((self.path / "job.json").read_text()))
+
+    def config(self) -> NeoXConfig:
+        return NeoXConfig.decode(self.config_file.read_text())
+
+    # the ranks' side
+
+    def write_start(self, rank: int) -> None:
+        start = Start(os.getpid(), socket.gethostname())
+        write_text(self.path / f"rank_{rank}.started", json.dumps(dataclasses.asdict(start)))
+
+    def write_end(self, rank: int, end: End) -> None:
+        end = dataclasses.replace(end, time=time.time())
+        write_text(self.path / f"rank_{rank}.ended", json.dumps(dataclasses.asdict(end)))
+
+    def end_with_launcher(self) -> None:
+        """End this process, at once, when the launcher is gone, however it went.
+
+        The launcher is the pipe's only writer, so the end of file means its end. A thread waits for
+        that: the main thread may be deep in a collective that will never return.
+        """
+        pipe = os.open(self.path / "leash", os.O_RDONLY | os.O_NONBLOCK)
+        os.set_blocking(pipe, True)
+
+        def wait() -> None:
+            os.read(pipe, 1)
+            self.remove()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        threading.Thread(target=wait, daemon=True).start()
+
+    # the launcher's side
+
+    def hold_leash(self) -> int:
+        """Open the pipe for writing; ranks live as long as this file descriptor."""
+        return os.open(self.path / "leash", os.O_RDWR)  # O_WRONLY would wait for a reader
+
+    def starts(self) -> dict[int, Start]:
+        return {rank: Start(**record) for rank, record in self._records("started").items()}
+
+    def ends(self) -> dict[int, End]:
+        return {rank: End(**record) for rank, record in self._records("ended").items()}
+
+    def _records(self, kind: str) -> dict[int, dict]:
+        records = {}
+        for file in self.path.glob(f"rank_*.{kind}"):
+            if file not in self._read:
+                self._read[file] = json.loads(file.read_text())
+            records[int(file.stem.removeprefix("rank_"))] = self._read[file]
+        return records
