@@ -7,6 +7,7 @@ and given one function after another. A function that hangs, dies or raises cost
 from __future__ import annotations
 
 import faulthandler
+import importlib
 import itertools
 import multiprocessing
 import multiprocessing.connection
@@ -218,3 +219,6 @@ def _leave() -> None:
     comm = sys.modules.get("deepspeed.comm.comm")
     if comm is not None:
         comm.cdb = None
+    groups = sys.modules.get("deepspeed.utils.groups")
+    if groups is not None:
+        importlib.reload(groups)  # it caches process groups in module globals

@@ -143,8 +143,9 @@ class Checkpoint:
         index = 0 if layer.tied else layer.index
         if index not in self.shards:
             raise CheckpointError(
-                f"{self.folder} holds no {layer_file(self.folder, index, 0).name}: the "
-                "configuration has more layers than the checkpoint, or the file is missing."
+                f"{self.folder} holds no {layer_file(self.folder, index, 0).name}. Its files are "
+                f"those of num_layers {self._depth}; check num_layers and no_weight_tying, or find "
+                "the missing file."
             )
         paths, stored = zip(*self._open_layer(index), strict=True)
         self._check_names(paths[0], stored[0], layer)
@@ -154,6 +155,14 @@ class Checkpoint:
             self._check_shapes(paths[0], name, shards, layout)
             result[name] = reshard(shards, layout, groups.tp_rank, groups.tp)
         return result
+
+    @property
+    def _depth(self) -> int:
+        """Transformer layers by the files: they are numbered from 2, and a gap follows the last."""
+        depth = 0
+        while depth + 2 in self.shards:
+            depth += 1
+        return depth
 
     def load_into(self, module: nn.Module, layer: Layer, groups: ProcessGroups) -> None:
         """Fill a built layer's parameters, converting to their precision. Not collective."""

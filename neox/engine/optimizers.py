@@ -37,10 +37,10 @@ def build_optimizer(
     """
     groups = parameter_groups(parameters, config.weight_decay)
     params = config.optimizer_params
-    kind = config.optimizer_name
+    kind = config.optimizer_type
     if kind == "sgd":
         return torch.optim.SGD(groups, lr=params["lr"], momentum=params.get("momentum", 0.0))
-    assert kind in ("adam", "adamw"), f"optimizer {kind} passed the configuration's check"
+    assert kind == "adam", f"optimizer {kind} passed the configuration's check"
     beta1, beta2 = params["betas"]
     return torch.optim.AdamW(
         groups, lr=params["lr"], betas=(beta1, beta2), eps=params["eps"], fused=True

@@ -75,13 +75,16 @@ def _mean(shards: Sequence[Tensor]) -> Tensor:
     first = shards[0]
     if all(torch.equal(first, other) for other in shards[1:]):
         return first.clone()
-    return (_sum([s.float() for s in shards]) / len(shards)).to(first.dtype)
+    return (_sum64(shards) / len(shards)).to(first.dtype)
 
 
 def _sum(shards: Sequence[Tensor]) -> Tensor:
-    if len(shards) == 1:
-        return shards[0].clone()
-    total = shards[0].float().clone()
+    return _sum64(shards).to(shards[0].dtype)
+
+
+def _sum64(shards: Sequence[Tensor]) -> Tensor:
+    """In double precision: adding up n equal n-ths of a float32 then gives it back exactly."""
+    total = shards[0].double()
     for other in shards[1:]:
-        total += other.float()
-    return total.to(shards[0].dtype)
+        total = total + other.double()
+    return total

@@ -14,7 +14,7 @@ from neox.engine.base import Engine
 from neox.parallel.groups import ProcessGroups
 from neox.train.cadence import is_save_iteration
 from neox.train.metrics import RunLog, StepResult
-from neox.train.schedule import rate_reported_at, rate_used_at
+from neox.train.schedule import rate_reported, rate_used
 
 
 def train(
@@ -34,12 +34,12 @@ def train(
     while iteration < config.train_iters:
         iteration += 1
         started = time.perf_counter()
-        step = engine.train_batch(loaders.train, iteration, rate_used_at(config, iteration))
+        step = engine.train_batch(loaders.train, iteration, rate_used(config, iteration))
         run.train_step(
             iteration,
             StepResult(
                 loss=step.loss,
-                learning_rate=rate_reported_at(config, iteration),
+                learning_rate=rate_reported(config, iteration),
                 grad_norm=step.grad_norm,
                 skipped=step.skipped,
                 loss_scale=step.loss_scale,

@@ -1,0 +1,180 @@
+"""Layer files: what is found, what is refused, and how it is said."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from neox.checkpoint.directory import keep_last, write_checkpoint
+from neox.checkpoint.neox import Checkpoint, layer_file, save_layer
+from neox.errors import CheckpointError
+from neox.parallel.groups import ProcessGroups
+from tests.models import built, config_of, model_layers, random_weights
+
+SINGLE = ProcessGroups.single()
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    write(tmp_path, 7, seed=7)
+    return tmp_path
+
+
+def write(directory: Path, iteration: int, seed: int = 0) -> None:
+    stage = built(config_of(), random_weights(config_of(), seed), SINGLE)
+
+    def save(folder: Path) -> None:
+        for layer, module in stage:
+            if layer.has_parameters:
+                save_layer(folder, layer, module, SINGLE)
+
+    write_checkpoint(directory, iteration, save, {"small.yml": "{}"}, SINGLE)
+
+
+def read_all(checkpoint: Checkpoint, **values: object) -> None:
+    for layer in model_layers(config_of(**values), SINGLE):
+        if layer.has_parameters:
+            checkpoint.read(layer, SINGLE)
+
+
+def test_what_was_written_is_read(directory: Path) -> None:
+    checkpoint = Checkpoint.open(directory)
+    assert (checkpoint.iteration, checkpoint.tp, checkpoint.padded_vocab_size) == (7, 1, 64)
+    weights = random_weights(config_of(), 7)
+    for layer in model_layers(config_of(), SINGLE):
+        for name, tensor in checkpoint.read(layer, SINGLE).items() if layer.layout else ():
+            assert torch.equal(tensor, weights[f"{layer.index}.{name}"])
+    assert (directory / "global_step7/configs/small.yml").read_text() == "{}"
+    assert (directory / "latest").read_text() == "global_step7"
+    assert not (directory / ".unfinished").exists()
+
+
+def test_names_and_buffers_of_the_20B_era_are_read(directory: Path) -> None:
+    path = layer_file(directory / "global_step7", 2, 0)
+    tensors = torch.load(path, weights_only=True)
+    old = {
+        name.replace("linear1", "dense_h_to_4h").replace("linear2", "dense_4h_to_h"): tensor
+        for name, tensor in tensors.items()
+    }
+    torch.save({**old, "attention.rotary_emb.inv_freq": torch.ones(2)}, path)
+    read = Checkpoint.open(directory).read(model_layers(config_of(), SINGLE)[2], SINGLE)
+    assert read.keys() == tensors.keys()
+    assert all(torch.equal(read[name], tensors[name]) for name in tensors)
+
+
+def test_a_step_folder_may_be_given_itself(directory: Path) -> None:
+    assert Checkpoint.open(directory / "global_step7").iteration == 7
+
+
+def test_an_iteration_may_be_chosen(directory: Path) -> None:
+    write(directory, 9)
+    assert Checkpoint.open(directory).iteration == 9
+    assert Checkpoint.open(directory, 7).iteration == 7
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda d: (d / "latest").unlink(), "no `latest` file"),
+        (lambda d: (d / "latest").write_text("global_step8"), "names global_step8, which is not"),
+        (lambda d: layer_file(d / "global_step7", 6, 0).unlink(), "holds no layer_06"),
+        (lambda d: layer_file(d / "global_step7", 3, 0).write_bytes(b""), "layer_03"),
+        (lambda d: layer_file(d / "global_step7", 3, 0).write_bytes(b"\x80garbage"), "layer_03"),
+        (lambda d: truncate(layer_file(d / "global_step7", 3, 0)), "layer_03"),
+        (lambda d: torch.save([1], layer_file(d / "global_step7", 3, 0)), "not a layer file"),
+        (
+            lambda d: torch.save({}, layer_file(d / "global_step7", 3, 1)),
+            "layer_00-model_01-model_states.pt, layer_02-model_01-model_states.pt",
+        ),
+    ],
+    ids=["latest", "dangling", "missing", "empty", "garbage", "short", "list", "odd_shard"],
+)
+def test_damage_is_named(directory: Path, spoil, said: str) -> None:
+    spoil(directory)
+    with pytest.raises(CheckpointError, match=said):
+        read_all(Checkpoint.open(directory))
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def test_a_missing_iteration_is_answered_with_what_there_is(directory: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"iteration 5 asks for .* it holds global_step7"):
+        Checkpoint.open(directory, 5)
+
+
+@pytest.mark.parametrize("kind", ["missing", "file"])
+def test_a_wrong_directory(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "x"
+    if kind == "file":
+        path.touch()
+    with pytest.raises(CheckpointError, match="is not a folder"):
+        Checkpoint.open(path)
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"hidden_size": 64}, "hidden_size"),
+        ({"num_layers": 1}, "layer_04.* those of num_layers 2"),
+        ({"num_layers": 3}, "layer_04.* those of num_layers 2"),
+        ({"norm": "rmsnorm"}, "it lacks input_layernorm.scale"),
+        ({"use_bias_in_mlp": False}, "it also has mlp.linear1.bias"),
+        ({"pos_emb": "learned"}, "it lacks position_embeddings.weight"),
+        ({"intermediate_size": 64}, r"is \[128, 32\] .* makes it \[64, 32\]"),
+    ],
+)
+def test_an_architecture_that_contradicts_the_files_is_refused(
+    directory: Path, values: dict[str, object], said: str
+) -> None:
+    with pytest.raises(CheckpointError, match=said):
+        read_all(Checkpoint.open(directory), **values)
+
+
+class _Hostile:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_pickle_does_not_run(directory: Path, tmp_path: Path, zipped: bool) -> None:
+    path = layer_file(directory / "global_step7", 2, 0)
+    ran = tmp_path / "ran"
+    torch.save({"x": _Hostile(ran)}, path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(CheckpointError, match="layer_02"):
+        read_all(Checkpoint.open(directory))
+    assert not ran.exists()
+
+
+def test_a_save_that_fails_leaves_the_last_one(directory: Path) -> None:
+    def fail(folder: Path) -> None:
+        (folder / "part").write_text("x")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(CheckpointError, match=r"iteration 8 .* No space left .* untouched"):
+        write_checkpoint(directory, 8, fail, {}, SINGLE)
+    assert Checkpoint.open(directory).iteration == 7
+    assert not (directory / "global_step8").exists()
+
+
+def test_a_step_may_be_saved_again(directory: Path) -> None:
+    write(directory, 7, seed=1)
+    layer = model_layers(config_of(), SINGLE)[0]
+    read = Checkpoint.open(directory).read(layer, SINGLE)["word_embeddings.weight"]
+    assert torch.equal(read, random_weights(config_of(), 1)["0.word_embeddings.weight"])
+
+
+def test_only_the_newest_are_kept(directory: Path) -> None:
+    for iteration in (9, 10, 100):
+        write(directory, iteration)
+    keep_last(directory, 2, SINGLE)
+    assert sorted(p.name for p in directory.glob("global_step*")) == [
+        "global_step10",
+        "global_step100",
+    ]

@@ -1,0 +1,41 @@
+"""Our layers against the oracle, forward and backward, over the architectures."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from neox.parallel.groups import ProcessGroups
+from tests.models import ARCHITECTURES, built, config_of, forward, random_weights, tokens
+from tests.reference import reference_logits
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_equals_the_oracle(name: str) -> None:
+    config = config_of(**ARCHITECTURES[name])
+    weights = random_weights(config)
+    stage = built(config, weights, ProcessGroups.single())
+    for tensor in weights.values():
+        tensor.requires_grad_()
+
+    ours = forward(stage, tokens())
+    expected = reference_logits(config, weights, tokens())
+    assert_close(ours, expected, atol=1e-5, rtol=1e-5)
+
+    direction = torch.randn(ours.shape, generator=torch.Generator().manual_seed(1))
+    (ours * direction).sum().backward()
+    (expected * direction).sum().backward()
+    for layer, module in stage:
+        if layer.has_parameters:
+            index = 0 if layer.tied else layer.index
+            for parameter_name, parameter in module.named_parameters():
+                wanted = weights[f"{index}.{parameter_name}"].grad
+                assert wanted is not None and parameter.grad is not None
+                assert_close(
+                    parameter.grad,
+                    wanted,
+                    atol=1e-5 * max(1.0, wanted.abs().max().item()),
+                    rtol=1e-4,
+                    msg=lambda text, at=f"{index}.{parameter_name}": f"{at}: {text}",
+                )

@@ -1,0 +1,136 @@
+"""Small models for tests: architectures worth sweeping, and weights that leave nothing at zero."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from neox.config import NeoXConfig, from_dict
+from neox.model.gpt import Layer, layers
+from neox.model.shard import shard
+from neox.parallel.groups import ProcessGroups
+
+VOCAB = 64
+
+BASE: dict[str, Any] = {
+    "num_layers": 2,
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "seq_length": 16,
+    "max_position_embeddings": 16,
+    "pos_emb": "rotary",
+    "rotary_pct": 0.5,
+    "no_weight_tying": True,
+    "gpt_j_residual": True,
+    "precision": "fp32",
+    "train_iters": 4,
+    "lr_decay_iters": 4,
+    "train_micro_batch_size_per_gpu": 2,
+    "gradient_accumulation_steps": 2,
+    "optimizer": {"type": "Adam", "params": {"lr": 0.01, "betas": [0.9, 0.95], "eps": 1e-8}},
+    "init_method": "small_init",
+    "output_layer_init_method": "wang_init",
+    "distributed_backend": "gloo",
+}
+
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "neox": {},
+    "sequential": {"gpt_j_residual": False},
+    "one_norm": {"gpt_j_tied": True},
+    "sequential_one_norm": {"gpt_j_residual": False, "gpt_j_tied": True},
+    "tied": {"no_weight_tying": False},
+    "learned": {"pos_emb": "learned"},
+    "no_positions": {"pos_emb": "none"},
+    "tanh_gelu": {"bias_gelu_fusion": True},
+    "no_bias": {"use_bias_in_attn_linear": False, "use_bias_in_mlp": False},
+    "sequential_no_bias": {
+        "gpt_j_residual": False,
+        "use_bias_in_attn_linear": False,
+        "use_bias_in_mlp": False,
+    },
+    "mlp_bias_only": {"use_bias_in_attn_linear": False},
+    "full_rotary": {"rotary_pct": 1.0, "rotary_emb_base": 500},
+    "grouped_queries": {"num_kv_heads": 2},
+    "window": {"sliding_window_width": 4},
+    "llama": {
+        "gpt_j_residual": False,
+        "norm": "rmsnorm",
+        "rms_norm_epsilon": 1e-5,
+        "activation": "swiglu",
+        "intermediate_size": 96,
+        "num_kv_heads": 2,
+        "rotary_pct": 1.0,
+        "use_bias_in_attn_linear": False,
+        "use_bias_in_mlp": False,
+    },
+    "geglu": {"activation": "geglu", "intermediate_size": 96},
+    "relu": {"activation": "relu"},
+    "mish": {"activation": "mish"},
+    "softsign": {"activation": "softsign"},
+}
+
+
+def config_of(world_size: int = 1, **values: Any) -> NeoXConfig:
+    """BASE with `values` over it, checked as any configuration is."""
+    return from_dict({**BASE, **values}, world_size=world_size)
+
+
+def model_layers(config: NeoXConfig, groups: ProcessGroups) -> list[Layer]:
+    return layers(config, VOCAB, torch.float32, groups)
+
+
+def random_weights(config: NeoXConfig, seed: int = 0) -> dict[str, Tensor]:
+    """Whole tensors by "layer.name"; norms near one, everything else off zero."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = {}
+    for layer in model_layers(config, ProcessGroups.single()):
+        for name, layout in (layer.layout or {}).items():
+            if layer.forward is not None:
+                continue  # the tied output projection is the embedding
+            tensor = torch.randn(layout.shape, generator=generator) * 0.1
+            is_scale = "norm" in name and not name.endswith("bias")
+            weights[f"{layer.index}.{name}"] = tensor + 1.0 if is_scale else tensor
+    return weights
+
+
+def fill(
+    module: nn.Module, layer: Layer, weights: dict[str, Tensor], groups: ProcessGroups
+) -> None:
+    """Set a built layer's parameters to this rank's shards of `weights`."""
+    assert layer.layout is not None
+    index = 0 if layer.tied else layer.index
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            whole = weights[f"{index}.{name}"]
+            parameter.copy_(shard(whole, layer.layout[name], groups.tp_rank, groups.tp))
+
+
+def built(
+    config: NeoXConfig, weights: dict[str, Tensor], groups: ProcessGroups
+) -> list[tuple[Layer, Any]]:
+    """Every layer of the model on this rank, filled, in order; tied layers share a module."""
+    tied: dict[str, Any] = {}
+    found = []
+    for layer in model_layers(config, groups):
+        module = tied.get(layer.tied) if layer.tied else None
+        if module is None:
+            module = layer.build()
+            if layer.has_parameters:
+                fill(module, layer, weights, groups)
+            if layer.tied:
+                tied[layer.tied] = module
+        found.append((layer, module))
+    return found
+
+
+def forward(stage: list[tuple[Layer, Any]], tokens_BS: Tensor) -> Tensor:
+    x = tokens_BS
+    for layer, module in stage:
+        x = layer.forward(module, x) if layer.forward else module(x)
+    return x
+
+
+def tokens(batch: int = 2, length: int = 16, seed: int = 0) -> Tensor:
+    return torch.randint(0, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
