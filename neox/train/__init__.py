@@ -1,0 +1,1 @@
+"""Training: the visible loop, its learning-rate schedule, when it saves, what it tells."""

@@ -23,9 +23,10 @@ VALUES = {
 
 def test_plain_line():
     assert console.training_line(**VALUES) == (
-        " samples/sec: 12.461 | iteration        7/      20 | elapsed time per iteration (ms):"
-        " 642.0 | learning rate: 5.000E-04 | approx flops per GPU: 9.8GFLOPS |"
-        " lm_loss: 7.204360E+00 | number of skipped iterations:   0 | number of nan iterations:   0 |"
+        " samples/sec: 12.461 | iteration        7/      20 |"
+        " elapsed time per iteration (ms): 642.0 | learning rate: 5.000E-04 |"
+        " approx flops per GPU: 9.8GFLOPS | lm_loss: 7.204360E+00 |"
+        " number of skipped iterations:   0 | number of nan iterations:   0 |"
     )
 
 

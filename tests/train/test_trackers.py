@@ -179,7 +179,7 @@ def test_tensorboard_gets_every_value_and_drops_later_points_of_an_earlier_run(
     points, closed = [], []
 
     class SummaryWriter:
-        def __init__(self, log_dir: str, purge_step: int) -> None:
+        def __init__(self, log_dir: str, purge_step: int | None) -> None:
             points.append((log_dir, "purge", purge_step))
 
         def add_scalar(self, key: str, value: float, step: int) -> None:
@@ -198,6 +198,8 @@ def test_tensorboard_gets_every_value_and_drops_later_points_of_an_earlier_run(
         ("train/learning_rate", 1e-3, 11),
     ]
     assert closed == [True]
+    open_trackers(make_config(tensorboard_dir="tb"), rank=0)  # an evaluation: nothing is dropped
+    assert points[-1] == ("tb", "purge", None)
 
 
 def test_a_missing_tensorboard_costs_one_warning(make_config, monkeypatch, capsys):

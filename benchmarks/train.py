@@ -1,0 +1,249 @@
+"""Training speed and memory against transformers: the same model, batch and optimizer.
+
+Ours is the engine that `./deepy.py train.py` uses; the peer is GPTNeoXForCausalLM (eager, SDPA)
+with fused torch AdamW and clipping. Each lives in a process of its own, so that peak memory is its
+own; they take turns, one timed turn each per round, so that what else the machine does falls on
+both. tokens_per_s_over_transformers is the median over the rounds of one turn against the other,
+peak_memory_over_transformers the ratio of the two processes' peak resident memory.
+
+    python benchmarks/train.py [--quick] [--json FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import multiprocessing
+import os
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from neox import log  # noqa: E402
+from neox.atomic import write_text  # noqa: E402
+
+THREADS = 2
+LEARNING_RATE, BETAS, EPSILON, WEIGHT_DECAY, CLIPPING = 1e-4, (0.9, 0.95), 1e-8, 0.1, 1.0
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model, a micro-batch, and how often it is timed."""
+
+    name: str
+    layers: int
+    hidden: int
+    heads: int
+    vocab: int
+    sequence: int
+    batch: int
+    rounds: int
+    steps: int  # per turn
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one turn."""
+        return self.steps * self.batch * self.sequence
+
+
+FULL = Shape("70M", 6, 512, 8, 50304, sequence=512, batch=4, rounds=9, steps=1)
+QUICK = Shape("tiny", 2, 128, 4, 2048, sequence=128, batch=4, rounds=15, steps=5)
+
+Step = Callable[[], float]  # one optimizer step; returns its loss
+
+
+def ours(shape: Shape) -> Step:
+    """A step of the engine behind train.py, on one process."""
+    import itertools
+
+    import torch
+
+    from neox.config import from_dict
+    from neox.data.loaders import Batch
+    from neox.engine.build import build_engine
+    from neox.parallel.groups import ProcessGroups
+
+    config = from_dict(
+        {
+            "num_layers": shape.layers,
+            "hidden_size": shape.hidden,
+            "num_attention_heads": shape.heads,
+            "seq_length": shape.sequence,
+            "max_position_embeddings": shape.sequence,
+            "pos_emb": "rotary",
+            "rotary_pct": 0.25,
+            "gpt_j_residual": True,
+            "no_weight_tying": True,
+            "precision": "fp32",
+            "train_micro_batch_size_per_gpu": shape.batch,
+            "optimizer": {
+                "type": "Adam",
+                "params": {"lr": LEARNING_RATE, "betas": list(BETAS), "eps": EPSILON},
+            },
+            "weight_decay": WEIGHT_DECAY,
+            "gradient_clipping": CLIPPING,
+            "train_iters": 1000,
+        }
+    )
+    tokens = random_tokens(shape)
+    labels = tokens.roll(-1, dims=1)
+    batches = itertools.repeat(Batch(tokens, labels, torch.ones(labels.shape)))
+    engine = build_engine(config, ProcessGroups.single(), shape.vocab)
+    iterations = itertools.count(1)
+    return lambda: engine.train_batch(batches, next(iterations), LEARNING_RATE).loss
+
+
+def transformers(shape: Shape) -> Step:
+    """A plain training step of the peer."""
+    import torch
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    model = GPTNeoXForCausalLM(
+        GPTNeoXConfig(
+            vocab_size=shape.vocab,
+            hidden_size=shape.hidden,
+            num_hidden_layers=shape.layers,
+            num_attention_heads=shape.heads,
+            intermediate_size=4 * shape.hidden,
+            max_position_embeddings=shape.sequence,
+            rotary_pct=0.25,
+            use_parallel_residual=True,
+            tie_word_embeddings=False,
+            attn_implementation="sdpa",
+            use_cache=False,
+        )
+    ).train()
+    matrices = [parameter for parameter in model.parameters() if parameter.dim() >= 2]
+    vectors = [parameter for parameter in model.parameters() if parameter.dim() < 2]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": vectors}],
+        lr=LEARNING_RATE,
+        betas=BETAS,
+        eps=EPSILON,
+        weight_decay=0.0,
+        fused=True,
+    )
+    tokens = random_tokens(shape)
+
+    def step() -> float:
+        loss = model(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIPPING)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.item()
+
+    return step
+
+
+def random_tokens(shape: Shape) -> Tensor:
+    """int64 [batch, sequence], the same for both."""
+    import torch
+
+    generator = torch.Generator().manual_seed(1234)
+    return torch.randint(shape.vocab, (shape.batch, shape.sequence), generator=generator)
+
+
+def work(build: Callable[[Shape], Step], shape: Shape, orders: Connection) -> None:
+    """A contestant's process: builds its model, then answers each order.
+
+    True: one turn, answered with (seconds, last loss). False: the end, answered with the peak
+    resident memory in bytes.
+    """
+    import torch
+
+    log.quiet_third_parties()
+    if not torch.cuda.is_available():
+        os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed would look for others, and say so
+    torch.set_num_threads(THREADS)
+    step = build(shape)
+    step()  # optimizer state and buffers come with the first step
+    orders.send("ready")
+    while orders.recv():
+        started = time.perf_counter()
+        for _ in range(shape.steps):
+            loss = step()
+        orders.send((time.perf_counter() - started, loss))
+    unit = 1 if sys.platform == "darwin" else 1024
+    orders.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+
+
+def compete(shape: Shape) -> tuple[dict[str, list[float]], dict[str, float], dict[str, float]]:
+    """For each contestant: tokens/s of every round, the last loss, peak memory in bytes."""
+    context = multiprocessing.get_context("spawn")
+    contestants = {"ours": ours, "transformers": transformers}
+    orders: dict[str, Connection] = {}
+    for name, build in contestants.items():
+        orders[name], theirs = context.Pipe()
+        context.Process(target=work, args=(build, shape, theirs), daemon=True).start()
+        theirs.close()
+
+    def answer(name: str) -> Any:
+        try:
+            return orders[name].recv()
+        except EOFError:
+            sys.exit(f"{name} failed; its error is above")
+
+    for name in contestants:
+        answer(name)
+    speeds: dict[str, list[float]] = {name: [] for name in contestants}
+    losses = dict.fromkeys(contestants, math.nan)
+    bar = log.progress(total=shape.rounds, desc=shape.name, unit=" rounds")
+    for i in range(shape.rounds):
+        for name in contestants if i % 2 else reversed(contestants):
+            orders[name].send(True)
+            seconds, losses[name] = answer(name)
+            speeds[name].append(shape.tokens / seconds)
+        bar.update(1)
+    bar.close()
+    memory = {}
+    for name in contestants:
+        orders[name].send(False)
+        memory[name] = answer(name)
+    return speeds, losses, memory
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="a tiny model instead of the 70M one")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
+    arguments = parser.parse_args()
+    shape = QUICK if arguments.quick else FULL
+    os.environ["OMP_NUM_THREADS"] = str(THREADS)
+
+    speeds, losses, memory = compete(shape)
+    ratios = [a / b for a, b in zip(speeds["ours"], speeds["transformers"], strict=True)]
+    figures = {
+        "tokens_per_s_over_transformers": statistics.median(ratios),
+        "peak_memory_over_transformers": memory["ours"] / memory["transformers"],
+    }
+
+    print(
+        f"{shape.name}: sequence {shape.sequence}, micro-batch {shape.batch}, fp32, "
+        f"{THREADS} threads; medians of {shape.rounds} rounds"
+    )
+    print(f"{'':14}{'tokens/s':>10}{'peak GB':>10}{'loss':>10}")
+    for name, values in speeds.items():
+        gigabytes = memory[name] / 1e9
+        print(f"{name:14}{statistics.median(values):10.1f}{gigabytes:10.2f}{losses[name]:10.3f}")
+    speed, peak = figures.values()
+    print(f"{'ratio':14}{speed:10.3f}{peak:10.3f}   ({min(ratios):.2f} to {max(ratios):.2f})")
+    if arguments.json:
+        write_text(arguments.json, json.dumps(figures) + "\n")
+
+
+if __name__ == "__main__":
+    main()
