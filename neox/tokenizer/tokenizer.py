@@ -6,11 +6,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from neox.config import NeoXConfig
 from neox.errors import DataError
 
 if TYPE_CHECKING:
     import tokenizers
+
+    from neox.config import NeoXConfig
 
 END_OF_DOCUMENT = "<|endoftext|>"
 PADDING = "<|padding|>"
@@ -255,3 +256,5 @@ _LOADERS: dict[str, Callable[[str | None, str | None], Tokenizer]] = {
     "CharLevelTokenizer": lambda vocab_file, merge_file: CharLevelTokenizer(),
     "TiktokenTokenizer": _load_tiktoken,
 }
+
+TYPES = tuple(_LOADERS)
