@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import difflib
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
 
 import neox
-from neox.config import Override
+from neox.config import NeoXConfig, Override
+from neox.config.load import parse_set
+from neox.config.source import SUFFIXES
 from neox.errors import ConfigError
 
 REPOSITORY = Path(neox.__file__).resolve().parents[1]
@@ -29,8 +31,7 @@ Train, generate from or evaluate a GPT-NeoX model described by NeoX YAML files."
 _EPILOG = """\
 USER_SCRIPT is train.py, generate.py or evaluate.py (also eval.py), or the path of your own script,
 which finds its configuration through the environment variable NEOX_CONFIG_FILE.
-A CONF without .yml, .yaml or .json gets .yml: 125M is 125M.yml. Without any CONF, configs/20B.yml
-is used.
+CONF may do without its suffix: 125M is 125M.yml. Without any CONF, configs/20B.yml is used.
 
 examples:
   ./deepy.py train.py -d configs 125M.yml local_setup.yml
@@ -42,14 +43,15 @@ examples:
 """
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Arguments:
     """A command line, understood."""
 
     entry_point: str | None  # a module of neox.entrypoints ...
     script: Path | None  # ... or the user's own script
+    conf_dir: Path | None = None  # what the files are relative to
     files: tuple[Path, ...] = ()
-    overrides: dict[str, Override] = field(default_factory=dict)
+    overrides: dict[str, Override] = dataclasses.field(default_factory=dict)
     dry_run: bool = False
 
 
@@ -70,12 +72,18 @@ def parse(argv: Sequence[str]) -> Arguments:
             "--autotuning: DeepSpeed's autotuner is not supported, since it starts processes by "
             "itself; set train_micro_batch_size_per_gpu and zero_optimization instead"
         )
-    tasks, names = _split_tasks(given.eval_tasks or [])
+    tasks, confs = _split_tasks(given.eval_tasks or [])
     if given.eval_tasks and not tasks:
         raise ConfigError("--eval_tasks: name at least one task, for example --eval_tasks lambada")
-    files = _config_files(given.conf_dir, [*given.conf_file, *names])
     entry_point, script = _user_script(given.user_script)
-    return Arguments(entry_point, script, files, _overrides(given, tasks), given.dry_run)
+    return Arguments(
+        entry_point,
+        script,
+        conf_dir=Path(given.conf_dir) if given.conf_dir else None,
+        files=tuple(map(Path, [*given.conf_file, *confs])),
+        overrides=_overrides(given, tasks),
+        dry_run=given.dry_run,
+    )
 
 
 def _build_parser() -> _Parser:
@@ -164,10 +172,8 @@ def _overrides(given: argparse.Namespace, tasks: list[str]) -> dict[str, Overrid
     if tasks:
         overrides["eval_tasks"] = Override(tasks, "--eval_tasks")
     for assignment in given.set:
-        key, equals, value = assignment.partition("=")
-        if not equals or not key.strip():
-            raise ConfigError(f"--set {assignment}: write --set key=value, without spaces around =")
-        overrides[key.strip().replace("-", "_")] = Override(value, "--set")
+        key, value = parse_set(assignment)
+        overrides[key] = Override(value, "--set")
     return overrides
 
 
@@ -177,20 +183,11 @@ def _user_script(name: str) -> tuple[str | None, Path | None]:
     path = Path(name)
     if path.is_file():
         return None, path.resolve()
+    near = difflib.get_close_matches(name, [*ENTRY_POINTS, *ENTRY_POINTS.values()], 1, cutoff=0.7)
+    if near:
+        raise ConfigError(f"no script {name}; did you mean {near[0].removesuffix('.py')}.py?")
     known = ", ".join(ENTRY_POINTS)
-    near = difflib.get_close_matches(name, [*ENTRY_POINTS, *ENTRY_POINTS.values()], n=1)
-    hint = f"; did you mean {near[0].removesuffix('.py')}.py?" if near else ":"
-    raise ConfigError(f"no script {name}{hint} there are {known}, or the path of your own script")
-
-
-def _config_files(folder: str | None, names: list[str]) -> tuple[Path, ...]:
-    return tuple(
-        Path(folder or "") / (name if _is_config(name) else f"{name}.yml") for name in names
-    )
-
-
-def _is_config(name: str) -> bool:
-    return name.endswith((".yml", ".yaml", ".json"))
+    raise ConfigError(f"no script {name}: there are {known}, or the path of your own script")
 
 
 def _split_tasks(words: list[str]) -> tuple[list[str], list[str]]:
@@ -199,9 +196,9 @@ def _split_tasks(words: list[str]) -> tuple[list[str], list[str]]:
     The flag takes every word up to the next flag. No task is called *.yml, so
     `--eval_tasks lambada 20B.yml` can only mean one thing.
     """
-    names = [word for word in words if _is_config(word)]
-    tasks = [task for word in words if not _is_config(word) for task in word.split(",") if task]
-    return tasks, names
+    confs = [word for word in words if word.endswith(SUFFIXES)]
+    tasks = [task for word in words if word not in confs for task in word.split(",") if task]
+    return tasks, confs
 
 
 def _number(text: str) -> int | float:
@@ -214,7 +211,10 @@ _number.__name__ = "number"  # argparse shows it: invalid number value: 'x'
 def _explain_unknown(parser: _Parser, word: str) -> str:
     flag = word.partition("=")[0]
     known = {option.replace("-", "_"): option for option in parser._option_string_actions}
-    near = difflib.get_close_matches(flag.replace("-", "_"), known, n=1)
+    near = difflib.get_close_matches(flag.replace("-", "_"), known, n=1, cutoff=0.7)
     if near:
         return f"there is no flag {flag}; did you mean {known[near[0]]}?"
+    key = flag.lstrip("-").replace("-", "_")
+    if key in {field.name for field in dataclasses.fields(NeoXConfig)}:
+        return f"there is no flag {flag}; {key} is a key of the configuration: --set {key}=VALUE"
     return f"there is no flag {flag}; any key of the configuration is set by --set key=value"

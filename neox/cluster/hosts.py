@@ -71,8 +71,6 @@ def read_hostfile(path: Path) -> Slots:
 
 def select(hosts: Mapping[str, list[int]], config: NeoXConfig) -> Slots:
     """What include or exclude, else num_nodes and num_gpus (per host), leave of `hosts`."""
-    if config.include and config.exclude:
-        raise ConfigError("include and exclude are both set; give one of them")
     if config.include:
         wanted = _parse_filter("include", config.include, hosts)
         return {host: wanted[host] for host in hosts if host in wanted}
@@ -82,8 +80,16 @@ def select(hosts: Mapping[str, list[int]], config: NeoXConfig) -> Slots:
             host: [slot for slot in slots if slot not in unwanted.get(host, [])]
             for host, slots in hosts.items()
         }
+        if not any(left.values()):
+            raise ConfigError(f"exclude: {config.exclude} leaves nothing to run on")
         return {host: slots for host, slots in left.items() if slots}
     names = list(hosts)[: config.num_nodes] if config.num_nodes > 0 else list(hosts)
+    for host in names:
+        if (config.num_gpus or 0) > len(hosts[host]):
+            raise ConfigError(
+                f"num_gpus is {config.num_gpus}, but {host} has {len(hosts[host])}; "
+                "CUDA_VISIBLE_DEVICES= (empty) in front of the command runs it on the CPU"
+            )
     return {host: hosts[host][: config.num_gpus or None] for host in names}
 
 

@@ -37,44 +37,29 @@ class Plan:
 
 
 def make_plan(config: NeoXConfig) -> Plan:
-    """Which processes to start. ConfigError when their number is no multiple of tp * pp.
+    """Which processes to start. ConfigError for hosts or devices that are not there.
 
     Hosts come from the hostfile. Without one, this machine has as many slots as visible CUDA
-    devices; without those, num_gpus processes on the CPU, or as many as one model needs.
+    devices; without those, num_gpus processes on the CPU, or as many as one copy of the model
+    needs. The configuration's sizes need not be settled yet: they depend on this plan's.
     """
     hostfile = find_hostfile(config)
-    local = {"localhost", "127.0.0.1", socket.gethostname()}
+    slots = None
     if hostfile is not None:
         hosts = select(read_hostfile(hostfile), config)
-        if config.force_multi or len(hosts) > 1 or not local.issuperset(hosts):
-            return _checked(Plan(hosts, None, hostfile), config)
+        here = {"localhost", "127.0.0.1", socket.gethostname()}
+        if config.force_multi or len(hosts) > 1 or not here.issuperset(hosts):
+            return Plan(hosts, None, hostfile)
+        (slots,) = hosts.values()
     devices = cuda_devices()
-    if hostfile is not None:
-        slots = next(iter(hosts.values()))
-        device = "cuda" if set(slots) <= set(devices) else "cpu"
-    elif devices:
-        (slots,) = select({"localhost": devices}, config).values() or ([],)
-        device = "cuda"
-        if config.num_gpus and len(slots) < config.num_gpus:
-            raise ConfigError(
-                f"num_gpus is {config.num_gpus} ({config.origin('num_gpus')}), but there are "
-                f"{len(devices)} visible CUDA devices; set CUDA_VISIBLE_DEVICES= (empty) to run "
-                "on the CPU"
-            )
-    else:
-        slots, device = list(range(config.num_gpus or config.tp * config.pp)), "cpu"
-    return _checked(Plan({"localhost": slots}, device), config)
-
-
-def _checked(plan: Plan, config: NeoXConfig) -> Plan:
-    needed = config.tp * config.pp
-    if plan.world_size == 0 or plan.world_size % needed:
-        raise ConfigError(
-            f"{plan.world_size} processes cannot be divided into model_parallel_size "
-            f"{config.tp} x pipe_parallel_size {config.pp} = {needed} each; set num_gpus "
-            f"({config.origin('num_gpus')}: {config.num_gpus}) to a multiple of {needed}"
-        )
-    return plan
+    if not devices:
+        processes = config.num_gpus or config.tp * config.pp
+        return Plan({"localhost": slots or list(range(processes))}, "cpu")
+    if slots is None:
+        (slots,) = select({"localhost": devices}, config).values()
+    if not set(slots) <= set(devices):
+        raise ConfigError(f"{hostfile}: slots {slots}, but the CUDA devices here are {devices}")
+    return Plan({"localhost": slots}, "cuda")
 
 
 def launch(entry_point: str | None, script: Path | None, config: NeoXConfig, plan: Plan) -> int:

@@ -26,16 +26,16 @@ def _run(arguments: Arguments) -> int:
     if not files:
         log.info("no configuration file given: using configs/20B.yml")
         files = (DEFAULT_CONFIG,)
-    config = load_config(files, arguments.overrides, purpose=arguments.entry_point)
-    plan = make_plan(config)
-    if plan.world_size != config.world_size:
-        config = load_config(
-            files,
-            arguments.overrides,
-            purpose=arguments.entry_point,
-            world_size=plan.world_size,
-        )
+    config = load_config(
+        files,
+        arguments.overrides,
+        conf_dir=arguments.conf_dir,
+        purpose=arguments.entry_point,
+        world_size=lambda config: make_plan(config).world_size,
+        # Somebody may look here at what is to run elsewhere.
+        check_files=not arguments.dry_run,
+    )
     if arguments.dry_run:
         print(config.describe())
         return 0
-    return launch(arguments.entry_point, arguments.script, config, plan)
+    return launch(arguments.entry_point, arguments.script, config, make_plan(config))

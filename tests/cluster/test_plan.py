@@ -1,0 +1,163 @@
+"""How many processes a run has, and where."""
+
+from __future__ import annotations
+
+import base64
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from neox.cluster import launch
+from neox.cluster.hosts import cuda_devices, read_hostfile, select
+from neox.cluster.launch import Plan, deepspeed_command, make_plan
+from neox.cluster.run_folder import Job
+from neox.config import NeoXConfig, from_dict
+from neox.errors import ConfigError
+
+MODEL = {
+    "num_layers": 4,
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "seq_length": 16,
+    "max_position_embeddings": 16,
+}
+
+
+def config(world_size: int = 1, **values: Any) -> NeoXConfig:
+    return from_dict({**MODEL, **values}, world_size=world_size)
+
+
+@pytest.fixture
+def no_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "cuda_devices", list)
+    monkeypatch.delenv("DLTS_HOSTFILE", raising=False)
+
+
+@pytest.fixture
+def four_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "cuda_devices", lambda: [0, 1, 2, 3])
+    monkeypatch.delenv("DLTS_HOSTFILE", raising=False)
+
+
+@pytest.mark.usefixtures("no_cuda")
+def test_a_cpu_runs_as_many_processes_as_asked_for_else_as_one_model_needs() -> None:
+    assert make_plan(config()) == Plan({"localhost": [0]}, "cpu")
+    grid = {"model_parallel_size": 2, "pipe_parallel_size": 2}
+    assert make_plan(config(4, **grid)) == Plan({"localhost": [0, 1, 2, 3]}, "cpu")
+    assert make_plan(config(8, num_gpus=8, **grid)).world_size == 8
+
+
+@pytest.mark.usefixtures("four_gpus")
+def test_a_machine_with_gpus_uses_them_all_unless_told_otherwise() -> None:
+    assert make_plan(config(4)) == Plan({"localhost": [0, 1, 2, 3]}, "cuda")
+    assert make_plan(config(2, num_gpus=2)) == Plan({"localhost": [0, 1]}, "cuda")
+    assert make_plan(config(2, include="localhost:1,3")) == Plan({"localhost": [1, 3]}, "cuda")
+    with pytest.raises(
+        ConfigError, match=r"num_gpus is 8, but localhost has 4.*runs it on the CPU"
+    ):
+        make_plan(config(8, num_gpus=8))
+
+
+@pytest.mark.usefixtures("no_cuda")
+def test_a_hostfile_that_names_this_machine_alone_stays_here(tmp_path: Path) -> None:
+    hostfile = tmp_path / "hosts"
+    hostfile.write_text("localhost slots=4\n")
+    assert make_plan(config(4, hostfile=str(hostfile))) == Plan({"localhost": [0, 1, 2, 3]}, "cpu")
+    hostfile.write_text("far slots=4\n")
+    assert make_plan(config(4, hostfile=str(hostfile))).hostfile == hostfile
+
+
+@pytest.mark.usefixtures("no_cuda")
+def test_the_hostfile_may_come_from_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "hosts").write_text("a slots=2\nb slots=2\n")
+    monkeypatch.setenv("DLTS_HOSTFILE", str(tmp_path / "hosts"))
+    plan = make_plan(config(4))
+    assert plan == Plan({"a": [0, 1], "b": [0, 1]}, None, tmp_path / "hosts")
+    assert plan.world_size == 4
+    with pytest.raises(ConfigError, match=r"missing .*is not a file"):
+        make_plan(config(hostfile=str(tmp_path / "missing")))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a slots=2\nb 3\n", ":2: 'b 3' is not of the form"),
+        ("a slots=2\na slots=2\n", ":2: host a is listed twice"),
+        ("# nothing\n\n", "lists no host"),
+    ],
+)
+def test_a_broken_hostfile_is_explained(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "hosts").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        read_hostfile(tmp_path / "hosts")
+
+
+HOSTS = {"a": [0, 1, 2], "b": [0, 1, 2]}
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ({}, HOSTS),
+        ({"num_nodes": 1}, {"a": [0, 1, 2]}),
+        ({"num_gpus": 2}, {"a": [0, 1], "b": [0, 1]}),
+        ({"include": "b@a:2,0"}, {"a": [0, 2], "b": [0, 1, 2]}),
+        ({"exclude": "a@b:1"}, {"b": [0, 2]}),
+    ],
+)
+def test_filters_are_deepspeeds(keys: dict[str, Any], expected: dict[str, list[int]]) -> None:
+    assert select(HOSTS, config(**keys)) == expected
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"include": "c"}, "include: c: there is no host c; there are a, b"),
+        ({"exclude": "a:5"}, r"a has no slot 5; its slots are \[0, 1, 2\]"),
+        ({"include": "a:x"}, "slots are numbers"),
+        ({"exclude": "a@b"}, "leaves nothing"),
+        ({"num_gpus": 4}, "num_gpus is 4, but a has 3"),
+    ],
+)
+def test_a_wrong_filter_is_explained(keys: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        select(HOSTS, config(**keys))
+
+
+def test_no_visible_device_means_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert cuda_devices() == []
+
+
+JOB = Job("train", None, "cpu", 4, "10.0.0.1", 29512, "here")
+
+
+def test_one_machine_is_started_by_deepspeeds_launcher() -> None:
+    command = deepspeed_command(Plan({"localhost": [0, 2]}, "cuda"), JOB, config())
+    (hosts,) = [word.partition("=")[2] for word in command if word.startswith("--world_info")]
+    assert command[1:3] == ["-m", "deepspeed.launcher.launch"]
+    assert json.loads(base64.urlsafe_b64decode(hosts)) == {"localhost": [0, 2]}
+    assert command[command.index("--master_port") + 1] == "29512"
+
+
+def test_several_hosts_are_started_by_deepspeeds_runner_with_the_users_words() -> None:
+    values = {"launcher": "slurm", "account": "me", "num_nodes": 2, "num_gpus": 4}
+    plan = Plan({"a": [0], "b": [0]}, None, Path("hosts"))
+    command = deepspeed_command(plan, JOB, config(8, **values))
+    line = " ".join(command[1:])
+    assert line.startswith("-m deepspeed.launcher.runner ")
+    for words in (
+        "--hostfile hosts",
+        "--launcher slurm",
+        "--num_nodes 2",
+        "--num_gpus 4",
+        "--master_addr 10.0.0.1",
+        "--launcher_args --account=me",
+    ):
+        assert f" {words}" in line
+    filtered = deepspeed_command(plan, JOB, config(2, include="a:0@b:0", num_gpus=1))
+    assert "a:0@b:0" in filtered and "--num_gpus" not in filtered
