@@ -66,7 +66,7 @@ class TransformerLayer(nn.Module):
         # Everything replicated that this layer reads before its all-reduce: each rank finds only a
         # summand of their gradients, and they are summed together in one message.
         weights = [list(norm.parameters()) for norm in norms]
-        biases = [linear.bias for linear in (dense, linear2) if linear.bias is not None]
+        biases = [linear.bias for linear in (dense, linear2) if isinstance(linear.bias, Tensor)]
         shared = copy_to_tensor_parallel(
             (x_SBH, *(weight for each in weights for weight in each), *biases), self.groups
         )
@@ -89,7 +89,7 @@ class TransformerLayer(nn.Module):
     def _row_summand(self, linear: nn.Module, x_local: Tensor, bias: Tensor | None) -> Tensor:
         if bias is not None and self.groups.tp > 1:
             bias = bias / self.groups.tp
-        return F.linear(x_local, linear.weight, bias)
+        return F.linear(x_local, linear.get_parameter("weight"), bias)
 
     def _drop(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout, self.training) if self.dropout else x

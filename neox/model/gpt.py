@@ -51,12 +51,11 @@ class Embedding(nn.Module):
         self.groups = groups
         self.dropout = config.hidden_dropout
         self.word_embeddings = vocab_embedding(padded_vocab_size, config.hidden_size, dtype, groups)
+        self.position_embeddings: nn.Embedding | None = None
         if config.pos_emb == "learned":
             self.position_embeddings = nn.Embedding(
                 config.max_position_embeddings, config.hidden_size, dtype=dtype
             )
-        else:
-            self.position_embeddings = None
 
     def forward(self, tokens_BS: Tensor, start: int = 0) -> Tensor:
         """`start` is the position of the first token: the number of tokens already cached."""
@@ -70,7 +69,7 @@ class Embedding(nn.Module):
     def logits(self, x_BSH: Tensor) -> Tensor:
         """The table used as the output projection: this rank's vocabulary slice, [B, S, V / tp]."""
         (x_BSH,) = copy_to_tensor_parallel((x_BSH,), self.groups)
-        return F.linear(x_BSH, self.word_embeddings.weight)
+        return F.linear(x_BSH, self.word_embeddings.get_parameter("weight"))
 
 
 class FinalNorm(nn.Module):

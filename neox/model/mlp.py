@@ -39,10 +39,11 @@ class MLP(nn.Module):
     ) -> None:
         super().__init__()
         self.gated = config.is_gated
-        if config.activation == "gelu":
-            self.activation = partial(F.gelu, approximate=config.gelu_approximation)
-        else:
-            self.activation = ACTIVATIONS[config.activation]
+        self.activation: Callable[[Tensor], Tensor] = (
+            partial(F.gelu, approximate=config.gelu_approximation)
+            if config.activation == "gelu"
+            else ACTIVATIONS[config.activation]
+        )
         hidden, ffn, bias = config.hidden_size, config.ffn_size, config.use_bias_in_mlp
         self.linear1 = column_linear(
             hidden,

@@ -17,7 +17,7 @@ TIMEOUT = timedelta(minutes=30)
 
 @dataclass(frozen=True)
 class ProcessGroups:
-    """This rank's place in the grid and the groups it communicates in (None in a single process)."""
+    """This rank's place in the grid and its groups (None in a single process)."""
 
     topology: Topology
     rank: int
