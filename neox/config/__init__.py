@@ -1,7 +1,20 @@
 """Configuration: NeoX YAML in, one frozen typed value out."""
 
 from neox.config.config import NeoXConfig
-from neox.config.load import Override, from_dict, load_config
+from neox.config.deepspeed import to_deepspeed
+from neox.config.draft import Problem
+from neox.config.files import check_files
+from neox.config.load import Override, from_dict, load_config, parse_set
 from neox.config.model import ModelConfig
 
-__all__ = ["ModelConfig", "NeoXConfig", "Override", "from_dict", "load_config"]
+__all__ = [
+    "ModelConfig",
+    "NeoXConfig",
+    "Override",
+    "Problem",
+    "check_files",
+    "from_dict",
+    "load_config",
+    "parse_set",
+    "to_deepspeed",
+]

@@ -8,7 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from neox.config.data import DataConfig
 from neox.config.deepspeed import DeepSpeedConfig
+from neox.config.fields import keys_of
 from neox.config.logging import LoggingConfig
 from neox.config.lr_scheduler import LRSchedulerConfig
 from neox.config.model import ModelConfig
@@ -20,6 +22,23 @@ from neox.config.runner import RunnerConfig
 from neox.config.textgen import TextGenConfig
 from neox.config.tokenizer import TokenizerConfig
 from neox.config.training import TrainingConfig
+from neox.config.values import show
+
+SECTIONS = (
+    ModelConfig,
+    ParallelConfig,
+    OptimizerConfig,
+    LRSchedulerConfig,
+    TrainingConfig,
+    DataConfig,
+    TokenizerConfig,
+    LoggingConfig,
+    TextGenConfig,
+    MoEConfig,
+    DeepSpeedConfig,
+    RunnerConfig,
+    OtherConfig,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +48,7 @@ class NeoXConfig(
     OptimizerConfig,
     LRSchedulerConfig,
     TrainingConfig,
+    DataConfig,
     TokenizerConfig,
     LoggingConfig,
     TextGenConfig,
@@ -65,10 +85,25 @@ class NeoXConfig(
 
     def encode(self) -> str:
         """JSON that `decode` turns back into an equal configuration, origins included."""
-        return json.dumps({f.name: getattr(self, f.name) for f in dataclasses.fields(self)})
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return json.dumps(values)
 
     @classmethod
     def decode(cls, text: str) -> NeoXConfig:
         """The configuration that `encode` wrote."""
         values: dict[str, Any] = json.loads(text)
         return cls(**values)
+
+    def describe(self) -> str:
+        """A table of every key, its value and its origin: first what was given, then the rest."""
+        rows = [
+            (name, show(getattr(self, name)), self.origin(name))
+            for name in keys_of(NeoXConfig)
+            if name != "config_files"
+        ]
+        last = ("derived", "default")
+        rows.sort(key=lambda row: last.index(row[2]) if row[2] in last else -1)
+        widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
+        return "\n".join(
+            f"{name:<{widths[0]}}  {value:<{widths[1]}}  {origin}" for name, value, origin in rows
+        )

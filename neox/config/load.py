@@ -1,95 +1,255 @@
+"""From files and the command line to one checked configuration."""
+
 from __future__ import annotations
-from typing import Any
-from neox.config.config import NeoXConfig
-from neox.errors import ConfigError
-from collections.abc import Mapping, Sequence
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-import dataclasses
-import yaml
+from typing import Any, Literal
+
+from neox.config import agreement, needs, source
+from neox.config.config import NeoXConfig
+from neox.config.derive import settle_optimizer, settle_precision, settle_prompts, settle_sizes
+from neox.config.draft import Draft, Problem
+from neox.config.fields import Key, keys_of
+from neox.config.files import check_files as find_missing_files
+from neox.config.legacy import explain_unknown
+from neox.config.values import Misfit, fit, show
+from neox.errors import ConfigError
+
+Purpose = Literal["train", "generate", "evaluate"]
+WorldSize = int | Callable[[NeoXConfig], int] | None
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Override:
+    """A value from the command line and the flag it came with."""
+
     value: Any
     origin: str
-
-
-def _build(v: dict, origins: dict, world_size: int | None, files: dict) -> NeoXConfig:
-    v = dict(v)
-    names = {f.name for f in dataclasses.fields(NeoXConfig)}
-    for k in v:
-        if k not in names:
-            raise ConfigError(f"unknown key {k}")
-    for k in (
-        "num_layers",
-        "hidden_size",
-        "num_attention_heads",
-        "seq_length",
-        "max_position_embeddings",
-    ):
-        if k not in v:
-            raise ConfigError(f"{k} is missing")
-    tp, pp = v.get("model_parallel_size", 1), max(1, v.get("pipe_parallel_size", 0))
-    v["world_size"] = (
-        world_size or (v.get("num_gpus") or 0) * max(1, v.get("num_nodes", 1)) or tp * pp
-    )
-    dp = v["world_size"] // (tp * pp)
-    tb, mb, ga = (
-        v.get("train_batch_size"),
-        v.get("train_micro_batch_size_per_gpu"),
-        v.get("gradient_accumulation_steps"),
-    )
-    if mb is None:
-        mb = tb // (dp * (ga or 1)) if tb else 1
-    if ga is None:
-        ga = tb // (dp * mb) if tb else 1
-    v.update(
-        train_batch_size=tb or mb * ga * dp,
-        train_micro_batch_size_per_gpu=mb,
-        gradient_accumulation_steps=ga,
-    )
-    opt = v.get("optimizer") or {}
-    v["optimizer_type"] = {"adamw": "adam"}.get(
-        opt.get("type", "adam").lower(), opt.get("type", "adam").lower()
-    )
-    v["lr"] = (opt.get("params") or {}).get("lr", v.get("lr", 0.001))
-    v["zero_stage"] = (v.get("zero_optimization") or {}).get("stage", 0)
-    if "precision" not in v:
-        if (v.get("fp16") or {}).get("enabled"):
-            v["precision"] = "bfloat16" if v["fp16"].get("type") == "bfloat16" else "fp16"
-        elif (v.get("bf16") or {}).get("enabled"):
-            v["precision"] = "bfloat16"
-        else:
-            v["precision"] = "fp32"
-    v["is_pipe_parallel"] = v.get("pipe_parallel_size", 0) >= 1
-    if v.get("text_gen_type") is None:
-        v["text_gen_type"] = "input-file" if v.get("sample_input_file") else "unconditional"
-    v["config_files"] = files
-    return NeoXConfig(**v, origins=origins)
-
-
-def from_dict(values: Mapping[str, Any], *, world_size: int = 1) -> NeoXConfig:
-    return _build(dict(values), {}, world_size, {})
 
 
 def load_config(
     files: Sequence[Path],
     overrides: Mapping[str, Override] | None = None,
     *,
-    purpose: str | None = None,
-    world_size: int | None = None,
+    conf_dir: Path | None = None,
+    purpose: Purpose | None = None,
+    world_size: WorldSize = None,
     check_files: bool = True,
 ) -> NeoXConfig:
-    values: dict = {}
-    origins: dict = {}
-    texts: dict = {}
-    for f in files:
-        text = Path(f).read_text()
-        texts[Path(f).name] = text
-        for k, v in yaml.safe_load(text).items():
-            values[k.replace("-", "_")] = v
-            origins[k.replace("-", "_")] = f"{Path(f).name}:1"
-    for k, o in (overrides or {}).items():
-        values[k] = o.value
-        origins[k] = o.origin
-    return _build(values, origins, world_size, texts)
+    """The configuration that `files` (each relative to `conf_dir`) and `overrides` make together.
+
+    Keys of `overrides` may be dotted: "optimizer.params.lr". `purpose` adds what that entry point
+    needs: data to train on, a checkpoint to generate from; with `check_files`, also that the files
+    exist. `world_size` is the number of processes, or a function that finds it from a
+    configuration whose sizes are not settled yet. Prints one warning for each key that does
+    nothing. Raises ConfigError with everything that is wrong.
+    """
+    draft = Draft()
+    _read_files(draft, [(conf_dir or Path()) / file for file in files])
+    for path, override in (overrides or {}).items():
+        _override(draft, path.replace("-", "_"), override)
+    config = _settle(draft, purpose, world_size)
+    if check_files and purpose is not None:
+        missing = find_missing_files(config, purpose)
+        draft.problems += [problem for problem in missing if problem.key not in draft.bad]
+    draft.finish()
+    return config
+
+
+def from_dict(
+    values: Mapping[str, Any], *, world_size: int = 1, purpose: Purpose | None = None
+) -> NeoXConfig:
+    """The configuration of a mapping, for tests and tools: the same checks, but not of files."""
+    draft = Draft()
+    for name, value in values.items():
+        draft.values[name.replace("-", "_")] = value
+        draft.origins[name.replace("-", "_")] = "given"
+    config = _settle(draft, purpose, world_size)
+    draft.finish()
+    return config
+
+
+def parse_set(text: str) -> tuple[str, Any]:
+    """Key and value of `key=value` as YAML reads the value; the key may be dotted.
+
+    What is not YAML is text, as in a shell: `--set prompt_end=@@`. Raises ConfigError.
+    """
+    path, equals, value = text.partition("=")
+    path = path.strip().replace("-", "_")
+    if not equals or not all(path.split(".")):
+        raise ConfigError(f"--set {text}: write --set key=value, or --set block.key=value.")
+    try:
+        return path, source.parse_value(value)
+    except source.Malformed as error:
+        if value.lstrip()[:1] in tuple("[{\"'"):
+            raise ConfigError(f"--set {path}: {show(value)} {error}") from None
+        return path, value
+
+
+def _read_files(draft: Draft, files: Sequence[Path]) -> None:
+    """Merge the files; what cannot be read ends the loading here, since all else depends on it."""
+    unreadable: list[str] = []
+    for file in files:
+        try:
+            document = source.read(file)
+        except ConfigError as error:
+            unreadable.append(str(error))
+            continue
+        if document.name in draft.texts:
+            unreadable.append(
+                f"two files are called {document.name}. Checkpoints keep both in one folder: "
+                "rename one."
+            )
+            continue
+        _merge(draft, document)
+    if unreadable:
+        draft.problems += [Problem(message) for message in unreadable]
+        draft.finish()
+
+
+def _merge(draft: Draft, document: source.Source) -> None:
+    draft.texts[document.name] = document.text
+    for path, first, second in document.duplicates:
+        message = f"{path} stands here and on line {first}. Keep one of them."
+        draft.problems.append(Problem(message, f"{document.name}:{second}"))
+    for name, value in document.values.items():
+        line = document.lines.get(name, 1)  # merged in with <<: the line of the mapping
+        if name in draft.values:
+            message = f"{name} is also given at {draft.origins[name]}. Keep one of them."
+            draft.problems.append(Problem(message, f"{document.name}:{line}"))
+            continue
+        draft.values[name] = value
+        for path, at in document.lines.items():
+            if path == name or path.startswith(f"{name}."):
+                draft.origins[path] = f"{document.name}:{at}"
+
+
+def _override(draft: Draft, path: str, override: Override) -> None:
+    """Put a value from the command line in place; blocks on the way are copied or made."""
+    *parents, last = path.split(".")
+    target = draft.values
+    for depth, name in enumerate(parents):
+        inner = target.get(name)
+        if inner is not None and not isinstance(inner, dict):
+            outer = ".".join(parents[: depth + 1])
+            message = f"{path} cannot be set: {outer} is {show(inner)}, not a block of keys."
+            draft.problems.append(Problem(message, override.origin))
+            return
+        target[name] = dict(inner or {})
+        target = target[name]
+    target[last] = override.value
+    for known in [known for known in draft.origins if known.startswith(f"{path}.")]:
+        del draft.origins[known]
+    draft.origins[path] = override.origin
+
+
+def _settle(draft: Draft, purpose: Purpose | None, world_size: WorldSize) -> NeoXConfig:
+    """Check every value, derive what follows, run the cross checks; problems stay in `draft`."""
+    keys = keys_of(NeoXConfig)
+    _hoist_extra_args(draft, keys)
+    for name in list(draft.values):
+        _accept_top(draft, name, keys)
+    for name, spec in keys.items():
+        if spec.required and draft.values.get(name) is None and name not in draft.bad:
+            draft.problem(name, f"{name} is missing. {spec.doc}")
+    settle_precision(draft)
+    settle_optimizer(draft, _accept_block)
+    settle_prompts(draft)
+    if callable(world_size):
+        try:
+            world_size = world_size(_build(draft, keys))
+        except ConfigError as error:
+            draft.problems.append(Problem(str(error)))
+            draft.bad.add("world_size")
+            world_size = None
+    settle_sizes(draft, world_size, strict=purpose == "train")
+    config = _build(draft, keys)
+    for checks in (agreement.CHECKS, needs.CHECKS):
+        for key, message in list(checks.run(config, purpose, draft.bad)):
+            draft.problem(key, message)
+    return config
+
+
+def _build(draft: Draft, keys: Mapping[str, Key]) -> NeoXConfig:
+    """The configuration as far as it is known; required keys that are bad hold None."""
+    values: dict[str, Any] = {name: None for name, spec in keys.items() if spec.required}
+    values |= {name: value for name, value in draft.values.items() if name in keys}
+    return NeoXConfig(**values, config_files=dict(draft.texts), origins=dict(draft.origins))
+
+
+def _hoist_extra_args(draft: Draft, keys: Mapping[str, Key]) -> None:
+    """A NeoX key inside deepspeed_extra_args means the same as outside; in both it is an error."""
+    extra = draft.values.get("deepspeed_extra_args")
+    if not isinstance(extra, dict):
+        return
+    for name, value in extra.items():
+        if name not in keys or name == "deepspeed_extra_args":
+            continue
+        inside = f"deepspeed_extra_args.{name}"
+        if name in draft.values:
+            draft.problem(
+                inside, f"{inside} is also given at {draft.origin(name)}. Keep one of them."
+            )
+            continue
+        draft.values[name] = value
+        for path in [p for p in draft.origins if p == inside or p.startswith(f"{inside}.")]:
+            draft.origins[path.removeprefix("deepspeed_extra_args.")] = draft.origins[path]
+    draft.values["deepspeed_extra_args"] = {k: v for k, v in extra.items() if k not in keys}
+
+
+def _accept_top(draft: Draft, name: str, keys: Mapping[str, Key]) -> None:
+    if name not in keys:
+        draft.problem(name, explain_unknown(name, list(keys), "", NeoXConfig))
+        del draft.values[name]
+        return
+    value = _accept(draft, name, draft.values[name], keys[name])
+    if value is not None:
+        draft.values[name] = value
+        return
+    del draft.values[name]
+    if name not in draft.bad and not keys[name].required:
+        draft.origins.pop(name, None)  # null, or not believed: the default stands
+
+
+def _accept(draft: Draft, path: str, value: Any, spec: Key) -> Any:
+    """The value as the key takes it, or None when it is not set, not believed or wrong."""
+    if value is None:
+        return None
+    if spec.status == "derived":
+        draft.warn(path, f"{path} is {show(value)}, which is not read: {spec.reason}.")
+        return None
+    try:
+        value = fit(value, spec)
+    except Misfit as misfit:
+        draft.problem(path, f"{path} is {show(value)}, {misfit}")
+        return None
+    if spec.block is not None:
+        value = _accept_block(draft, path, spec.block, value)
+    if spec.status == "refused" and not _is_off(value, spec):
+        draft.problem(path, f"{path} is {show(value)}, which is refused: {spec.reason}.")
+        return None
+    if spec.status == "ignored" and not _is_off(value, spec):
+        draft.warn(path, f"{path} is {show(value)}, which does nothing: {spec.reason}.")
+    return value
+
+
+def _accept_block(draft: Draft, path: str, block: type, values: dict[str, Any]) -> dict[str, Any]:
+    keys = keys_of(block)
+    accepted = {}
+    for name, value in values.items():
+        if name in keys:
+            accepted[name] = _accept(draft, f"{path}.{name}", value, keys[name])
+        else:
+            draft.problem(f"{path}.{name}", explain_unknown(name, list(keys), path, NeoXConfig))
+    return accepted
+
+
+def _is_off(value: Any, spec: Key) -> bool:
+    """Whether a value asks for nothing beyond the default."""
+    if value == spec.default:
+        return True
+    if isinstance(value, dict) and value.get("enabled") is False:
+        return True
+    return spec.default is None and value in (False, [], {}, "")

@@ -1,26 +1,42 @@
-"""TextGenConfig."""
+"""Generation and evaluation."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
-from neox.config.fields import REQUIRED, key
+from neox.config.fields import key, refused
+
+_PRECOMPUTE = "precomputed reference log-probabilities are not supported"
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextGenConfig:
-    text_gen_type: str | None = key(None, "")
-    precompute_model_name: str | None = key(None, "")
-    temperature: float = key(0.0, "")
-    top_p: float = key(0.0, "")
-    top_k: int = key(0, "")
-    return_logits: bool = key(False, "")
-    maximum_tokens: int = key(64, "")
-    prompt_end: str = key("\n", "")
-    sample_input_file: str | None = key(None, "")
-    sample_output_file: str = key("samples.txt", "")
-    num_samples: int = key(1, "")
-    recompute: bool = key(False, "")
-    eval_results_prefix: str = key("", "")
-    eval_tasks: list | None = key(None, "")
+    """What generate.py writes and evaluate.py measures."""
+
+    text_gen_type: Literal["unconditional", "input-file", "interactive", "precompute"] = key(
+        "unconditional",
+        "Where prompts come from; input-file when only sample_input_file is given.",
+        refused={"precompute": _PRECOMPUTE},
+    )
+    temperature: float = key(0.0, "Sampling temperature; all of 0, 0, 0 is greedy.", low=0)
+    top_p: float = key(0.0, "Sample from the likeliest tokens of this total.", low=0, high=1)
+    top_k: int = key(0, "Sample from this many likeliest tokens.", low=0)
+    maximum_tokens: int = key(64, "Tokens to generate for a prompt.", low=1)
+    num_samples: int = key(1, "Samples of an unconditional run.", low=1)
+    prompt_end: str = key("\n", "What separates the prompts of a file.")
+    sample_input_file: str | None = key(None, "The prompts.")
+    sample_output_file: str | None = key("samples.txt", "Where the samples go, as JSON Lines.")
+    return_logits: bool = key(False, "Write each token's logits too.")
+    recompute: bool = key(False, "Generate without the key/value cache.")
+    precompute_model_name: str | None = refused(None, "Name of the reference model.", _PRECOMPUTE)
+
+    eval_tasks: list[str] | None = key(None, "Tasks of evaluate.py.")
+    eval_results_prefix: str = key("", "Prefix of the results file.")
+    eval_data_dir: str | None = key(None, "Folder with local copies of the tasks' data.")
+    num_fewshot: int | None = key(
+        None, "Solved examples before each document; the task's own number by default.", low=0
+    )
+    limit: int | float | None = key(
+        None, "Documents of each task, or a share below 1; all by default.", above=0
+    )

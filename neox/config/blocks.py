@@ -1,0 +1,208 @@
+"""The nested blocks: which keys each may hold.
+
+DeepSpeed drops a key it does not know without a word, so a typing error would train with a default.
+These lists are DeepSpeed 0.19's own, checked against it by a test; what is in none of them is an
+error here.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from neox.config.fields import ignored, key, refused
+
+DType = Literal["fp32", "fp16", "bf16"]
+_OFFLOAD = "Use offload_optimizer: {{device: cpu}}{}"
+_CLIENT = "the optimizer is torch's AdamW"
+
+
+class AdamParams:
+    """optimizer.params of Adam. The arithmetic is AdamW's: decoupled weight decay."""
+
+    lr: float = key(None, "Peak learning rate.", above=0)
+    betas: list[float] = key(None, "Decay of the two moments: [0.9, 0.999].")
+    eps: float = key(1e-8, "Added to the root of the second moment.", low=0)
+    adam_w_mode: bool = refused(True, "Decoupled weight decay.", "weight decay is decoupled")
+    bias_correction: bool = refused(True, "Correct the first steps.", _CLIENT)
+    amsgrad: bool = refused(False, "AMSGrad.", _CLIENT)
+    torch_adam: bool = ignored(False, "Use torch's Adam.", "torch's is always used")
+    fused: bool = ignored(False, "Use a fused kernel.", "torch's fused kernel is always used")
+
+
+class SGDParams:
+    """optimizer.params of SGD."""
+
+    lr: float = key(None, "Peak learning rate.", above=0)
+    momentum: float = key(0.0, "Momentum.", low=0, high=1)
+
+
+OPTIMIZER_PARAMS = {"adam": AdamParams, "sgd": SGDParams}
+
+
+class Optimizer:
+    """optimizer"""
+
+    type: str = key("Adam", "Adam or AdamW (the same), or SGD.")
+    params: dict[str, Any] = key(None, "Its parameters; lr is the peak learning rate.")
+    legacy_fusion: bool = ignored(False, "Fused state of old optimizers.", _CLIENT)
+
+
+class FP16:
+    """fp16"""
+
+    enabled: bool = key(False, "Weights in fp16, master copy in fp32.")
+    fp16: bool = ignored(True, "An old spelling of enabled.", "enabled is the key that acts")
+    type: Literal["fp16", "bfloat16"] = key("fp16", "bfloat16 turns the block into bf16.")
+    auto_cast: bool = key(False, "Cast inputs to fp16.")
+    loss_scale: float = key(0.0, "Loss scale; 0 is dynamic.", low=0)
+    initial_scale_power: int = key(16, "The dynamic scale starts at 2 to this power.", low=0)
+    loss_scale_window: int | float = key(1000, "Steps without overflow that double it.", low=1)
+    hysteresis: int = key(2, "Overflows before it is halved.", low=1)
+    consecutive_hysteresis: bool = key(False, "Only overflows in a row count.")
+    min_loss_scale: int | float = key(1, "It never falls below this.", above=0)
+    fp16_master_weights_and_grads: bool = refused(
+        False, "Master copy in fp16.", "it needs DeepSpeed's CPU Adam"
+    )
+
+
+class BF16:
+    """bf16"""
+
+    enabled: bool = key(False, "Weights in bfloat16, master copy in fp32.")
+    bf16: bool = ignored(True, "An old spelling of enabled.", "enabled is the key that acts")
+    immediate_grad_update: bool = key(False, "Add to the fp32 gradients during backward.")
+    check_grad_overflow: bool = key(True, "Skip steps whose gradient is not finite.")
+    bf16_master_weights_and_grads: bool = key(False, "Master copy in bfloat16.")
+    bf16_optimizer_states: bool = key(False, "Optimizer state in bfloat16.")
+    # Left over when a block of fp16 is renamed; bfloat16 needs no loss scale.
+    loss_scale: float = ignored(0.0, "", "bfloat16 needs no loss scale")
+    initial_scale_power: int = ignored(16, "", "bfloat16 needs no loss scale")
+    loss_scale_window: int | float = ignored(1000, "", "bfloat16 needs no loss scale")
+    hysteresis: int = ignored(2, "", "bfloat16 needs no loss scale")
+    min_loss_scale: int | float = ignored(1, "", "bfloat16 needs no loss scale")
+
+
+class DataTypes:
+    """data_types"""
+
+    grad_accum_dtype: DType = key(None, "Type gradients are summed in; fp32 by default.")
+    param_dtype: DType = key(None, "Type DeepSpeed casts weights to.")
+    buffer_dtype: DType = key(None, "Type DeepSpeed casts buffers to.")
+    keep_in_fp32_modules: str | list[str] = key("auto", "Buffers that stay in fp32.")
+
+
+class OffloadOptimizer:
+    """zero_optimization.offload_optimizer"""
+
+    device: Literal["none", "cpu", "nvme"] = key("none", "Where the optimizer's state lives.")
+    nvme_path: str = key(None, "Folder on the NVMe device.")
+    buffer_count: int = key(4, "Buffers.", low=0)
+    pin_memory: bool = key(True, "Pin the memory.")
+    pipeline_read: bool = key(False, "Read ahead.")
+    pipeline_write: bool = key(False, "Write behind.")
+    fast_init: bool = key(False, "Fast start with NVMe.")
+    ratio: float = key(1.0, "Share of parameters updated on the CPU.", low=0, high=1)
+    super_offload: bool = key(False, "SuperOffload.")
+    cpuadam_cores_perc: float = key(0.8, "Share of cores for it.", low=0, high=1)
+
+
+class ZeroOptimization:
+    """zero_optimization"""
+
+    stage: Literal[0, 1, 2, 3] = key(
+        0, "What is sharded over replicas: optimizer state (1), gradients too (2)."
+    )
+    allgather_partitions: bool = key(True, "All-gather instead of broadcasts.")
+    allgather_bucket_size: int | float = key(500000000, "Elements gathered at once.", low=1)
+    overlap_comm: bool = key(None, "Reduce gradients during the backward pass.")
+    reduce_scatter: bool = key(True, "Reduce-scatter instead of all-reduce.")
+    reduce_bucket_size: int | float = key(500000000, "Elements reduced at once.", low=1)
+    contiguous_gradients: bool = key(True, "Copy gradients into one buffer.")
+    use_multi_rank_bucket_allreduce: bool = key(True, "Combine small buckets.")
+    compute_grad_norm: bool = key(True, "Compute the gradient's norm.")
+    round_robin_gradients: bool = key(False, "Spread gradient copies over ranks.")
+    parameter_alignment: bool = key(False, "Align parameters in flat buffers.")
+    offload_optimizer: dict[str, Any] = key(
+        None, "Keep the optimizer's state elsewhere.", block=OffloadOptimizer
+    )
+    load_from_fp32_weights: bool = key(True, "Restore fp32 weights from fp32 copies.")
+    elastic_checkpoint: bool = ignored(False, "", "the checkpoints here load at any size")
+    ignore_unused_parameters: bool = key(True, "Accept parameters without a gradient.")
+    sub_group_size: int | float = key(1000000000, "Elements updated at once.", low=1)
+    legacy_stage1: bool = ignored(False, "", "DeepSpeed removed the old stage 1")
+    cpu_offload: bool = refused(False, "", f"DeepSpeed renamed it. {_OFFLOAD.format('')}")
+    cpu_offload_use_pin_memory: bool = refused(
+        False, "", f"DeepSpeed renamed it. {_OFFLOAD.format(' with pin_memory')}"
+    )
+    cpu_offload_params: bool = refused(False, "", "ZeRO stage 3 is not supported")
+    cpu_offload_param: bool = refused(False, "", "ZeRO stage 3 is not supported")
+    # Stage 3 only. Configurations carry them; at stages 0 to 2 DeepSpeed does not look.
+    offload_param: dict[str, Any] = refused(None, "", "ZeRO stage 3 is not supported")
+    stage3_prefetch_bucket_size: int | float = ignored(50000000, "", "only stage 3 reads it")
+    stage3_param_persistence_threshold: int | float = ignored(100000, "", "only stage 3 reads it")
+    stage3_model_persistence_threshold: int | float = ignored(None, "", "only stage 3 reads it")
+    stage3_max_live_parameters: int | float = ignored(1000000000, "", "only stage 3 reads it")
+    stage3_max_reuse_distance: int | float = ignored(1000000000, "", "only stage 3 reads it")
+    stage3_gather_16bit_weights_on_model_save: bool = ignored(False, "", "only stage 3 reads it")
+    stage3_gather_fp16_weights_on_model_save: bool = ignored(False, "", "only stage 3 reads it")
+
+
+class ActivationCheckpointing:
+    """activation_checkpointing"""
+
+    partition_activations: bool = key(False, "")
+    number_checkpoints: int = key(None, "")
+    contiguous_memory_optimization: bool = key(False, "")
+    synchronize_checkpoint_boundary: bool = key(False, "")
+    profile: bool = key(False, "")
+    cpu_checkpointing: bool = key(False, "")
+
+
+class CommsLogger:
+    """comms_logger"""
+
+    enabled: bool = key(False, "Log every communication.")
+    verbose: bool = key(False, "Print each as it happens.")
+    prof_all: bool = key(True, "All operations ...")
+    prof_ops: list[str] = key(None, "... or these.")
+    debug: bool = key(False, "Name the calling function.")
+
+
+class FlopsProfiler:
+    """flops_profiler"""
+
+    enabled: bool = key(False, "Profile one step's floating-point operations.")
+    recompute_fwd_factor: float = key(0.0, "Share of the forward pass computed again.", low=0)
+    profile_step: int = key(1, "The step.", low=1)
+    module_depth: int = key(-1, "Depth of modules shown; -1 is all.")
+    top_modules: int = key(1, "Modules shown at each depth.", low=1)
+    detailed: bool = key(True, "Show the whole model.")
+    output_file: str = key(None, "Where to; standard output by default.")
+
+
+class Checkpoint:
+    """checkpoint"""
+
+    tag_validation: Literal["Ignore", "Warn", "Fail"] = key(
+        "Warn", "What to do when ranks save under different names."
+    )
+    load_universal: bool = key(False, "The checkpoint is a universal one.")
+    use_node_local_storage: bool = key(False, "Every machine saves on its own disk.")
+    parallel_write: dict[str, Any] = key(None, "Write by several processes of a replica.")
+
+
+class ExtraArgs:
+    """deepspeed_extra_args: DeepSpeed's top-level keys that are not keys of NeoX."""
+
+    aio: dict[str, Any] = key(None, "Asynchronous I/O for NVMe offloading.")
+    dataloader_drop_last: bool = ignored(False, "", "DeepSpeed does not load the data")
+    disable_allgather: bool = key(False, "Broadcast instead of all-gather.")
+    disable_python_gc: bool = key(False, "Collect garbage at fixed places only.")
+    gradient_allreduce_op: Literal["mean", "sum"] = refused(
+        "mean", "", "the learning rate means the average gradient"
+    )
+    log_level: str = ignored(None, "", "DeepSpeed's own lines are off")
+    memory_breakdown: bool = key(False, "Print memory use.")
+    seq_parallel_communication_data_type: DType = key("fp32", "Type of sequence-parallel sums.")
+    zero_allow_untested_optimizer: bool = key(True, "Let ZeRO use an optimizer it does not know.")
+    zero_force_ds_cpu_optimizer: bool = key(False, "Insist on DeepSpeed's CPU optimizer.")

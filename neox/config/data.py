@@ -1,0 +1,86 @@
+"""The datasets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from neox.config.fields import derived, ignored, key, refused
+
+_LABELS = "labels and rewards beside the text are not supported"
+_PAIRS = "preference pairs are not supported"
+_COUNTS = "weights from document counts are not supported"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Tokenized datasets (`{path}.bin` and `{path}.idx`) and how samples are cut from them."""
+
+    data_path: str | None = key(
+        None, "Dataset to split into training, validation and test, without .bin or .idx."
+    )
+    split: str = key("969, 30, 1", "Shares of data_path for training, validation and test.")
+    train_data_paths: list[str] | None = key(None, "Instead of data_path: datasets to train on.")
+    valid_data_paths: list[str] | None = key(None, "Datasets to validate on.")
+    test_data_paths: list[str] | None = key(None, "Datasets to test on.")
+    train_data_weights: list[float] | None = key(None, "One weight for each of train_data_paths.")
+    valid_data_weights: list[float] | None = key(None, "One weight for each of valid_data_paths.")
+    test_data_weights: list[float] | None = key(None, "One weight for each of test_data_paths.")
+    weight_by_num_documents: bool = refused(
+        False, "Weights from document counts.", f"{_COUNTS}. Give train_data_weights"
+    )
+    weighted_sampler_alpha: float = refused(1.0, "Exponent of those weights.", _COUNTS)
+
+    data_impl: Literal["infer", "mmap", "cached"] = key(
+        "infer",
+        "How files are read: memory-mapped.",
+        refused={"cached": "files are always memory-mapped. Use mmap"},
+    )
+    pack_impl: Literal["packed", "pack_until_overflow", "unpacked"] = key(
+        "packed",
+        "How documents fill samples: as one stream, cut every seq_length tokens.",
+        refused=dict.fromkeys(
+            ("pack_until_overflow", "unpacked"), "it is not supported. Use packed"
+        ),
+    )
+    dataset_impl: Literal["gpt2", "pairwise", "online"] = key(
+        "gpt2",
+        "Kind of dataset.",
+        refused={"pairwise": _PAIRS, "online": "online reinforcement learning is not supported"},
+    )
+    allow_chopped: bool = ignored(
+        True, "Let documents be cut.", "pack_impl: packed always cuts them (also upstream)"
+    )
+    eod_mask_loss: bool = key(False, "Leave the end-of-document tokens out of the loss.")
+    num_workers: int = ignored(
+        2, "Processes that read ahead.", "samples are cut from mapped files as they are needed"
+    )
+    mmap_warmup: bool = ignored(
+        False, "Read the files once at the start.", "the system's page cache does as well"
+    )
+    use_shared_fs: bool = key(
+        True, "The data lies on storage all machines share; false builds its index on each."
+    )
+
+    train_label_data_paths: list[str] | None = refused(None, "Labels to train on.", _LABELS)
+    valid_label_data_paths: list[str] | None = refused(None, "Labels to validate on.", _LABELS)
+    test_label_data_paths: list[str] | None = refused(None, "Labels to test on.", _LABELS)
+    train_reward_data_paths: list[str] | None = refused(None, "Rewards to train on.", _LABELS)
+    valid_reward_data_paths: list[str] | None = refused(None, "Rewards to validate on.", _LABELS)
+    test_reward_data_paths: list[str] | None = refused(None, "Rewards to test on.", _LABELS)
+    pos_train_data_paths: list[str] | None = refused(None, "Preferred texts.", _PAIRS)
+    neg_train_data_paths: list[str] | None = refused(None, "Rejected texts.", _PAIRS)
+    pos_valid_data_paths: list[str] | None = refused(None, "Preferred texts.", _PAIRS)
+    neg_valid_data_paths: list[str] | None = refused(None, "Rejected texts.", _PAIRS)
+    pos_test_data_paths: list[str] | None = refused(None, "Preferred texts.", _PAIRS)
+    neg_test_data_paths: list[str] | None = refused(None, "Rejected texts.", _PAIRS)
+    pos_train_label_data_paths: list[str] | None = refused(None, "Their labels.", _PAIRS)
+    neg_train_label_data_paths: list[str] | None = refused(None, "Their labels.", _PAIRS)
+    pos_valid_label_data_paths: list[str] | None = refused(None, "Their labels.", _PAIRS)
+    neg_valid_label_data_paths: list[str] | None = refused(None, "Their labels.", _PAIRS)
+    pos_test_label_data_paths: list[str] | None = refused(None, "Their labels.", _PAIRS)
+    neg_test_label_data_paths: list[str] | None = refused(None, "Their labels.", _PAIRS)
+
+    config_files: dict[str, Any] | None = derived(
+        None, "Texts of the files that made this configuration.", "the files that are given set it"
+    )

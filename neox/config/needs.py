@@ -1,0 +1,84 @@
+"""What training, generation and evaluation each need to be told."""
+
+from __future__ import annotations
+
+from neox.config.checks import Checks, Findings
+from neox.config.config import NeoXConfig
+from neox.config.values import show
+
+CHECKS = Checks()
+_ALL = ("train", "generate", "evaluate")
+_TOKENIZER_FILES = {
+    "GPT2BPETokenizer": {"vocab_file": "GPT-2's vocab.json", "merge_file": "its merges.txt"},
+    "HFTokenizer": {"vocab_file": "the tokenizer's .json file"},
+    "SPMTokenizer": {"vocab_file": "the SentencePiece model"},
+    "TiktokenTokenizer": {"vocab_file": "the encoding's name, such as cl100k_base"},
+}
+
+
+@CHECKS.reading("tokenizer_type", "vocab_file", "merge_file", purposes=_ALL)
+def _tokenizer_has_files(config: NeoXConfig) -> Findings:
+    for name, what in _TOKENIZER_FILES.get(config.tokenizer_type, {}).items():
+        if getattr(config, name) is None:
+            yield name, f"{name} is missing: tokenizer_type {config.tokenizer_type} needs {what}."
+
+
+@CHECKS.reading("data_path", "train_data_paths", purposes=("train",))
+def _training_has_data(config: NeoXConfig) -> Findings:
+    if config.data_path is None and not config.train_data_paths:
+        yield (
+            "data_path",
+            "data_path is missing. Name a tokenized dataset: the path of its .bin and .idx files "
+            "without the ending.",
+        )
+
+
+@CHECKS.reading("train_iters", "train_epochs", purposes=("train",))
+def _training_has_an_end(config: NeoXConfig) -> Findings:
+    if config.train_iters is None:
+        yield "train_iters", "train_iters is missing. Say how many optimizer steps to take."
+
+
+@CHECKS.reading("lr", "optimizer", "optimizer_type", purposes=("train",))
+def _training_has_a_rate(config: NeoXConfig) -> Findings:
+    if config.origin("lr") == "default":
+        yield (
+            "optimizer.params.lr",
+            "optimizer.params.lr is missing. Give the peak learning rate, such as "
+            '"optimizer": {"type": "Adam", "params": {"lr": 6.0e-4}}.',
+        )
+
+
+@CHECKS.reading("save", "checkpoint_factor", "extra_save_iters", purposes=("train",))
+def _saving_has_a_cadence(config: NeoXConfig) -> Findings:
+    if config.save is not None and config.checkpoint_factor is None and not config.extra_save_iters:
+        yield (
+            "save",
+            f"save is {show(config.save)}, but nothing says when to save. Give checkpoint_factor "
+            "(every so many iterations) or extra_save_iters (a list of iterations).",
+        )
+
+
+@CHECKS.reading("finetune", "load", purposes=("train",))
+def _finetuning_has_weights(config: NeoXConfig) -> Findings:
+    if config.finetune and config.load is None:
+        yield (
+            "finetune",
+            "finetune is true, but load is missing. Name the folder of the checkpoint to start "
+            "from.",
+        )
+
+
+@CHECKS.reading("load", purposes=("generate", "evaluate"))
+def _there_is_a_checkpoint(config: NeoXConfig) -> Findings:
+    if config.load is None:
+        yield "load", "load is missing. Name the folder of the checkpoint to use."
+
+
+@CHECKS.reading("text_gen_type", "sample_input_file", purposes=("generate",))
+def _prompts_are_given(config: NeoXConfig) -> Findings:
+    if config.text_gen_type == "input-file" and config.sample_input_file is None:
+        yield (
+            "text_gen_type",
+            'text_gen_type is "input-file", but there is no sample_input_file. Name it with -i.',
+        )
