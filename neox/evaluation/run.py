@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import os
+import subprocess
 import time
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -43,8 +44,8 @@ def evaluate(
     """Score `model` on every document of `tasks` (default: the configuration's), or on `limit`.
 
     Returns lm-eval's dictionary of results, and in it `n_docs` (documents scored, by task) and
-    what the scores depend on besides the checkpoint. Collective over the world. Every rank gets the scores, rank 0
-    alone their standard errors.
+    what the scores depend on besides the checkpoint. Collective over the world. Every rank gets
+    the scores, rank 0 alone their standard errors.
     """
     from lm_eval import evaluator
 
@@ -137,8 +138,6 @@ def table(results: Mapping[str, Any]) -> str:
 
 def _conditions(config: NeoXConfig, tokenizer: Tokenizer, groups: ProcessGroups) -> dict[str, Any]:
     """What the scores are of and depend on. `config` has the keys of upstream's results files."""
-    from lm_eval.loggers.utils import get_git_commit_hash
-
     return {
         "config": {
             "model": "neox",
@@ -158,5 +157,14 @@ def _conditions(config: NeoXConfig, tokenizer: Tokenizer, groups: ProcessGroups)
         },
         "grid": {"tp": groups.tp, "pp": groups.pp, "dp": groups.dp},
         "library_versions": {library: version(library) for library in LIBRARIES},
-        "git_hash": get_git_commit_hash(),
+        "git_hash": _git_hash(),
     }
+
+
+def _git_hash() -> str | None:
+    """The commit of the code that runs; None where it is not a git checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
+    except OSError:
+        return None

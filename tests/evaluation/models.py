@@ -1,0 +1,115 @@
+"""Models for tests of evaluation: a real one, one of transformers' behind our interface, a wise one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from neox.config import NeoXConfig, from_dict
+from neox.inference.stages import InferenceModel
+from neox.model.gpt import layers
+from neox.model.init import initialize
+from neox.parallel.groups import ProcessGroups
+from neox.tokenizer import Tokenizer, load_tokenizer
+from tests import small_tokenizer
+
+SEQ_LENGTH = 48
+VOCABULARY = 288  # the small tokenizer's 280, padded
+
+
+def config(**values: Any) -> NeoXConfig:
+    model = {
+        "num_layers": 2,
+        "hidden_size": 32,
+        "num_attention_heads": 4,
+        "seq_length": SEQ_LENGTH,
+        "max_position_embeddings": SEQ_LENGTH,
+        "pos_emb": "rotary",
+        "rotary_pct": 0.25,
+        "no_weight_tying": True,
+        "precision": "fp32",
+        "tokenizer_type": "CharLevelTokenizer",
+        "train_micro_batch_size_per_gpu": 4,
+    }
+    return from_dict(model | values)
+
+
+def tokenizer(folder: Path) -> Tokenizer:
+    return load_tokenizer("HFTokenizer", str(small_tokenizer.write(folder)))
+
+
+def random_model(groups: ProcessGroups | None = None) -> InferenceModel:
+    """A whole model with random weights, large enough for its answers to differ."""
+    groups = groups or ProcessGroups.single()
+    single = ProcessGroups.single()  # a replica is one process here
+    settings = config()
+    stage = []
+    for layer in layers(settings, VOCABULARY, torch.float32, single):
+        module = layer.build()
+        if layer.has_parameters:
+            initialize(module, layer, settings, 1234, single)
+            for parameter in module.parameters():
+                parameter.data.mul_(3)
+        stage.append((layer, module))
+    return InferenceModel(settings, groups, stage, VOCABULARY, torch.float32)
+
+
+class Stateless:
+    """What the fakes share: one process, and as cache the tokens so far."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, settings: NeoXConfig | None = None) -> None:
+        self.config = settings or config()
+        self.groups = ProcessGroups.single()
+        self.rows: list[list[int]] = []  # what it was asked, padding included
+
+    def logits(self, tokens_BS: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def __call__(self, tokens_BS: Tensor, cache: list[Tensor] | None = None) -> Tensor:
+        self.rows += tokens_BS.tolist()
+        if cache is None:
+            return self.logits(tokens_BS)
+        cache.append(tokens_BS)
+        return self.logits(torch.cat(cache, dim=1))[:, -tokens_BS.size(1) :]
+
+    def new_cache(self, batch_size: int, max_length: int) -> list[Tensor]:
+        return []
+
+    def broadcast(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+
+class FromTransformers(Stateless):
+    """A causal model of transformers behind InferenceModel's interface."""
+
+    def __init__(self, model: Any, settings: NeoXConfig | None = None) -> None:
+        super().__init__(settings)
+        self.model = model
+
+    @torch.inference_mode()
+    def logits(self, tokens_BS: Tensor) -> Tensor:
+        return self.model(tokens_BS).logits
+
+
+class Wise(Stateless):
+    """Knows some texts by heart: after a part of one that is nowhere else, its next token."""
+
+    def __init__(self, texts: Sequence[list[int]], settings: NeoXConfig | None = None) -> None:
+        super().__init__(settings)
+        self.texts = texts
+
+    def logits(self, tokens_BS: Tensor) -> Tensor:
+        logits_BSV = torch.zeros(*tokens_BS.shape, VOCABULARY)
+        for row, logits_SV in zip(tokens_BS.tolist(), logits_BSV, strict=True):
+            for text in self.texts:
+                for i in range(min(len(text) - 1, len(row))):
+                    if row[i] != text[i]:
+                        break
+                    logits_SV[i, text[i + 1]] += 20.0
+        return logits_BSV
