@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +18,15 @@ from neox.inference.generate import continuation
 from neox.inference.load import load_model
 from neox.parallel.groups import ProcessGroups, initialize
 from neox.parallel.topology import Topology
-from neox.tokenizer import build_tokenizer
+from neox.tokenizer import build_tokenizer, load_tokenizer
 
+ROOT = Path(__file__).parents[2]
 NEW_TOKENS = 32
 
 
-def config(shared: Path, checkpoint: str, **values: Any) -> NeoXConfig:
-    model = {
+def values(shared: Path, checkpoint: str) -> dict[str, Any]:
+    """What a YAML file would say of the model that made the reference."""
+    return {
         "num_layers": 4,
         "hidden_size": 128,
         "num_attention_heads": 8,
@@ -38,8 +42,11 @@ def config(shared: Path, checkpoint: str, **values: Any) -> NeoXConfig:
         "load": str(shared / "upstream/checkpoints" / checkpoint),
         "maximum_tokens": NEW_TOKENS,
     }
-    tp, pp = values.get("model_parallel_size", 1), values.get("pipe_parallel_size", 1)
-    return from_dict(model | values, world_size=tp * pp)
+
+
+def config(shared: Path, checkpoint: str, **more: Any) -> NeoXConfig:
+    tp, pp = more.get("model_parallel_size", 1), more.get("pipe_parallel_size", 1)
+    return from_dict(values(shared, checkpoint) | more, world_size=tp * pp)
 
 
 def prompts(shared: Path) -> list[str]:
@@ -120,3 +127,28 @@ def test_results_file(world, shared, tmp_path, pp):
         logits = np.array(result["logits"])
         assert logits.shape == (NEW_TOKENS, 1152)
         assert logits.argmax(-1).tolist() == new
+
+
+@pytest.mark.parametrize("checkpoint, tp", [("ckpt_mp1pp1", 1), ("ckpt_mp2pp1", 2)])
+def test_through_the_launcher(shared, tmp_path, checkpoint, tp):
+    """The whole way: YAML and `-i`, `-o` on the command line, one process and two."""
+    texts = prompts(shared)
+    (tmp_path / "prompts.txt").write_text("\n".join(texts) + "\n")
+    settings = values(shared, checkpoint) | {
+        "model_parallel_size": tp,
+        "num_gpus": tp,
+        "text_gen_type": "unconditional",  # -i wins over it
+        "log_dir": str(tmp_path / "logs"),
+    }
+    (tmp_path / "small.yml").write_text(json.dumps(settings))
+    command = [sys.executable, str(ROOT / "deepy.py"), "generate.py", "-d", str(tmp_path), "small"]
+    command += ["-i", str(tmp_path / "prompts.txt"), "-o", str(tmp_path / "results.jsonl")]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+    tokenizer = load_tokenizer("HFTokenizer", settings["vocab_file"])
+    lines = (tmp_path / "results.jsonl").read_text().splitlines()
+    for text, line, expected in zip(texts, lines, reference(shared, checkpoint), strict=True):
+        result = json.loads(line)
+        assert (result["context"], result["length"]) == (text, NEW_TOKENS)
+        assert result["text"] == tokenizer.detokenize(expected[-NEW_TOKENS:])
