@@ -87,7 +87,13 @@ def launch(entry_point: str | None, script: Path | None, config: NeoXConfig, pla
         if plan.world_size == 1 and not several_hosts:
             return _run_in_place(job, config, folder)
         command = [*deepspeed_command(plan, job, config), str(_WORKER), str(folder.path)]
-        return supervise(command, _launcher_environment(job), folder, plan.world_size)
+        return supervise(
+            command,
+            _launcher_environment(job),
+            folder,
+            plan.world_size,
+            several_hosts=several_hosts,
+        )
     finally:
         folder.remove()
 

@@ -41,7 +41,12 @@ class Outcome:
 
 
 def supervise(
-    command: list[str], environment: Mapping[str, str], folder: RunFolder, world_size: int
+    command: list[str],
+    environment: Mapping[str, str],
+    folder: RunFolder,
+    world_size: int,
+    *,
+    several_hosts: bool = False,
 ) -> int:
     """Run `command` until every rank is done or one has failed; end everything; return the status.
 
@@ -56,7 +61,9 @@ def supervise(
         try:
             outcome = _Watch(launcher, folder, world_size).wait(stop)
         finally:
-            _end_all(launcher, folder, stop)
+            # A launcher that is asked to end tells the other hosts. Where there are none it would
+            # only print what interrupted it.
+            _end_all(launcher, folder, stop, signal.SIGTERM if several_hosts else signal.SIGKILL)
             os.close(leash)
     if outcome.report:
         print(outcome.report, file=sys.stderr, flush=True)
@@ -206,20 +213,26 @@ def _explain_status(status: int | None) -> tuple[int, str]:
     return 128 - status, f"was killed by {name}{hint}"
 
 
-def _end_all(launcher: subprocess.Popen[bytes], folder: RunFolder, stop: list[int]) -> None:
-    """Leave no process of the run. A second request to stop cuts the waiting short."""
+def _end_all(
+    launcher: subprocess.Popen[bytes], folder: RunFolder, stop: list[int], first: signal.Signals
+) -> None:
+    """Leave no process of the run. A second request to stop cuts the waiting short.
+
+    `first` goes to the launcher's process group; what has left it, such as W&B's service, is asked
+    politely before it is made to.
+    """
     if stop:  # the ranks get what we got, and time to act on it
         for start in folder.starts().values():
             if start.host == socket.gethostname():
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(start.pid, stop[0])
         _wait_for_end(launcher, folder, stop)
-    for number in (signal.SIGTERM, signal.SIGKILL):
+    for to_group, to_strays in ((first, signal.SIGTERM), (signal.SIGKILL, signal.SIGKILL)):
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(launcher.pid, number)
+            os.killpg(launcher.pid, to_group)
         for pid in _strays(folder):
             with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, number)
+                os.kill(pid, to_strays)
         _wait_for_end(launcher, folder, stop)
 
 
