@@ -45,7 +45,10 @@ def open_blend(
     groups: ProcessGroups,
     vocab_size: int | None,
 ) -> BlendedSamples:
-    """`num_samples` samples from whole datasets, equally if no weights. Collective over the world."""
+    """`num_samples` samples of whole datasets, with equal weights if None are given.
+
+    Collective over the world.
+    """
     weights = [1.0] * len(prefixes) if weights is None else weights
     used = [(p, w / sum(weights)) for p, w in zip(prefixes, weights, strict=True) if w > 0]
     shares = np.array([weight for _, weight in used])

@@ -52,7 +52,7 @@ class Chunk:
 
     def _parse(self, number: int, line: bytes) -> dict:
         try:
-            record = json.loads(line)
+            record = json.loads(line.rstrip())
         except json.JSONDecodeError as error:
             where = f"{self.path}:{number}, column {error.colno}"
             raise DataError(f"{where}: not JSON ({error.msg})") from None

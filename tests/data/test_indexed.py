@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from neox.data.indexed import IndexedWriter, bin_path, idx_path, open_indexed, token_dtype
+from neox.errors import DataError
+from tests.data.datasets import write_dataset
+
+
+@pytest.mark.parametrize("vocab_size", [1000, 65499, 65500, 100000])
+def test_files_equal_megatrons_own(tmp_path: Path, vocab_size: int) -> None:
+    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+
+    documents = [[1, 2, 3], [], [999], [5, 6]]
+    lengths = np.array([len(document) for document in documents])
+    dtype = token_dtype(vocab_size)
+    with IndexedWriter(tmp_path / "ours", vocab_size) as writer:
+        writer.add(np.array([1, 2, 3, 999], dtype=dtype), lengths[:3])
+        writer.add(np.array([5, 6], dtype=dtype), lengths[3:])
+
+    builder = IndexedDatasetBuilder(
+        str(tmp_path / "theirs.bin"), dtype=DType.optimal_dtype(vocab_size)
+    )
+    for document in documents:
+        builder.add_item(torch.tensor(document, dtype=torch.int64))
+        builder.end_document()
+    builder.finalize(str(tmp_path / "theirs.idx"))
+
+    for ending in ("bin", "idx"):
+        ours, theirs = (tmp_path / f"{who}.{ending}" for who in ("ours", "theirs"))
+        assert ours.read_bytes() == theirs.read_bytes()
+
+
+def test_what_is_written_is_read(tmp_path: Path) -> None:
+    documents = write_dataset(tmp_path / "data", [3, 0, 5])
+    indexed = open_indexed(str(tmp_path / "data"))
+    assert len(indexed) == 3
+    for n, document in enumerate(documents):
+        assert indexed.get(n).tolist() == document.tolist()
+
+
+def test_an_error_while_writing_leaves_the_old_files(tmp_path: Path) -> None:
+    write_dataset(tmp_path / "data", [3, 4])
+    before = sorted((file.name, file.read_bytes()) for file in tmp_path.iterdir())
+
+    def fail_half_way() -> None:
+        with IndexedWriter(tmp_path / "data", vocab_size=10) as writer:
+            writer.add(np.array([1, 2], dtype=np.uint16), np.array([2]))
+            raise DataError("bad input")
+
+    with pytest.raises(DataError, match="bad input"):
+        fail_half_way()
+    assert sorted((file.name, file.read_bytes()) for file in tmp_path.iterdir()) == before
+
+
+def damage_magic(prefix: Path) -> None:
+    idx_path(prefix).write_bytes(b"TNTIDX\x00\x00" + idx_path(prefix).read_bytes()[8:])
+
+
+def damage_version(prefix: Path) -> None:
+    data = idx_path(prefix).read_bytes()
+    idx_path(prefix).write_bytes(data[:9] + struct.pack("<Q", 2) + data[17:])
+
+
+def cut(path: Path, size: int) -> None:
+    path.write_bytes(path.read_bytes()[:size])
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda prefix: idx_path(prefix).unlink(), "data.idx is missing"),
+        (lambda prefix: bin_path(prefix).unlink(), "data.bin is missing"),
+        (damage_magic, "not the index of a memory-mapped dataset"),
+        (damage_version, "unknown version 2"),
+        (lambda prefix: cut(idx_path(prefix), 0), "not the index of a memory-mapped dataset"),
+        (lambda prefix: cut(idx_path(prefix), 20), "cut off: 20 bytes"),
+        (lambda prefix: cut(idx_path(prefix), 60), "2 documents need 82 bytes, it has 60"),
+        (lambda prefix: cut(bin_path(prefix), 10), "data.bin has 10 bytes, data.idx says 14"),
+        (lambda prefix: write_dataset(prefix, [0, 0]), "data.bin has 0 bytes"),
+    ],
+)
+def test_damage_is_found(tmp_path: Path, damage, message: str) -> None:
+    prefix = tmp_path / "data"
+    write_dataset(prefix, [3, 4])
+    damage(prefix)
+    with pytest.raises(DataError) as caught:
+        open_indexed(str(prefix))
+    assert message in str(caught.value)
+
+
+def test_a_dataset_without_documents(tmp_path: Path) -> None:
+    with IndexedWriter(tmp_path / "data", vocab_size=10):
+        pass
+    with pytest.raises(DataError, match="no documents"):
+        open_indexed(str(tmp_path / "data"))
