@@ -60,7 +60,7 @@ class Shape:
 
 
 FULL = Shape("70M", 6, 512, 8, 50304, sequence=512, batch=4, rounds=9, steps=1)
-QUICK = Shape("tiny", 2, 128, 4, 2048, sequence=128, batch=4, rounds=15, steps=5)
+QUICK = Shape("tiny", 2, 128, 4, 2048, sequence=128, batch=4, rounds=9, steps=3)
 
 Step = Callable[[], float]  # one optimizer step; returns its loss
 

@@ -47,7 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--key", default="train/lm_loss", help="default: %(default)s")
     options = parser.parse_args(arguments)
     try:
-        runs = load_runs(options.runs)
+        runs = [load_run(path) for path in options.runs]
         save(draw(runs, options.key), options.output)
     except (PlotError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -56,14 +56,11 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def load_runs(paths: list[Path]) -> list[Run]:
-    """Read every run. It is named after its folder, or by its path where two have that name."""
-    files = [path / "metrics.jsonl" if path.is_dir() else path for path in paths]
-    names = [f.resolve().parent.name if f.name == "metrics.jsonl" else f.stem for f in files]
-    return [
-        Run(name if names.count(name) == 1 else str(file), file, read_rows(file))
-        for name, file in zip(names, files, strict=True)
-    ]
+def load_run(path: Path) -> Run:
+    """The run in a log_dir or a .jsonl file, named as the command line names it."""
+    file = path / "metrics.jsonl" if path.is_dir() else path
+    name = file.parent if file.name == "metrics.jsonl" else file
+    return Run(str(name), file, read_rows(file))
 
 
 def read_rows(file: Path) -> list[dict]:
@@ -104,6 +101,7 @@ def draw(runs: list[Run], key: str) -> Figure:
         if chart == "train" and values:
             label = f"{run.name}, validation"
             axes.plot(iterations, values, "o--", markersize=4, color=line.get_color(), label=label)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel("iteration")
     axes.set_ylabel("loss (nats per token)" if metric == "lm_loss" else metric.replace("_", " "))
     axes.grid(alpha=0.25)

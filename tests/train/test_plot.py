@@ -47,10 +47,12 @@ def test_the_command_writes_a_png(tmp_path):
     assert str(output) in done.stdout
 
 
-def test_each_run_has_a_training_line_and_its_validation_dots(plot, tmp_path):
+def test_each_run_has_a_training_line_and_its_validation_dots(plot, tmp_path, monkeypatch):
     _write_run(tmp_path / "small", [7.0, None, 6.0, 5.5], every=2)
     _write_run(tmp_path / "large", [7.0, 5.0])
-    figure = plot.draw(plot.load_runs([tmp_path / "small", tmp_path / "large"]), "train/lm_loss")
+    monkeypatch.chdir(tmp_path)
+    runs = [plot.load_run(Path("small")), plot.load_run(Path("large/metrics.jsonl"))]
+    figure = plot.draw(runs, "train/lm_loss")
     (axes,) = figure.axes
     train, validation, large = axes.lines
     labels = [line.get_label() for line in axes.lines]
@@ -65,14 +67,9 @@ def test_each_run_has_a_training_line_and_its_validation_dots(plot, tmp_path):
 
 def test_any_key_can_be_drawn(plot, tmp_path):
     path = _write_run(tmp_path / "run", [7.0, 6.0])
-    (axes,) = plot.draw(plot.load_runs([path]), "train/learning_rate").axes
+    (axes,) = plot.draw([plot.load_run(path)], "train/learning_rate").axes
     assert axes.get_ylabel() == "learning rate"
     assert list(axes.lines[0].get_ydata()) == [1e-3, 1e-3]
-
-
-def test_runs_in_folders_of_the_same_name_are_told_apart(plot, tmp_path):
-    paths = [_write_run(tmp_path / parent / "logs", [7.0]) for parent in ("a", "b")]
-    assert [run.name for run in plot.load_runs(paths)] == [str(path) for path in paths]
 
 
 @pytest.mark.parametrize(
