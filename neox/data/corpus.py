@@ -123,7 +123,9 @@ def _line_chunks(path: Path, raw: BinaryIO, before: int) -> Iterator[Chunk]:
             raise DataError(f"{path} is damaged or cut off: {error}") from None
 
 
-def _decompressed(path: Path, raw: BinaryIO) -> tuple[IO[bytes], tuple[type[Exception], ...]]:
+def _decompressed(
+    path: Path, raw: BinaryIO
+) -> tuple[IO[bytes] | gzip.GzipFile, tuple[type[Exception], ...]]:
     """The contents, and the exceptions that tell of a damaged or cut-off file."""
     if path.suffix == ".gz":
         return gzip.open(raw), (gzip.BadGzipFile, EOFError, zlib.error)

@@ -100,6 +100,7 @@ def build_loaders(
     ids beyond it are a DataError. DataError too when files are missing or damaged, or the training
     split is empty. Collective over the world: rank 0 builds index caches while the others wait.
     """
+    assert config.train_iters is not None, "the configuration of a training run has it"
     evaluations = config.train_iters // config.eval_interval + 1  # the last at the end of training
     steps = {
         "train": config.train_iters,
@@ -145,7 +146,7 @@ def _separate(
     return {
         name: open_blend(paths, weights, num_samples[name], config, groups, vocab_size)
         for name, (paths, weights) in sources.items()
-        if num_samples[name] > 0
+        if paths and num_samples[name] > 0
     }
 
 

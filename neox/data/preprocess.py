@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, closing
@@ -144,7 +144,7 @@ def preprocess(
     return Summary(documents, tokens, time.monotonic() - started)
 
 
-def _encode_all(encoder: _Encoder, chunks: Iterator[Chunk], workers: int) -> Iterator[_Encoded]:
+def _encode_all(encoder: _Encoder, chunks: Iterator[Chunk], workers: int) -> Generator[_Encoded]:
     """The chunks' token ids, in order."""
     if workers == 1:
         yield from map(encoder, chunks)

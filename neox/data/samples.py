@@ -98,7 +98,7 @@ def open_samples(
     epochs = epochs_needed(tokens, config.seq_length, num_samples)
 
     def build() -> Arrays:
-        log.info(f"ordering {len(documents)} documents of {prefix} over {epochs} epochs ...")
+        log.info(f"shuffling {len(documents)} documents of {prefix}, epochs: {epochs} ...")
         lengths = indexed.sequence_lengths
         return build_order(lengths, documents, config.seq_length, epochs, config.seed)
 
@@ -111,8 +111,9 @@ def open_samples(
         "seed": config.seed,
         "epochs": epochs,
     }
-    order = cached_arrays(prefix, ("documents", "starts"), key, build, config, groups)
-    return PackedSamples(indexed, *order, config.seq_length, vocab_size)
+    names = ("documents", "starts")
+    stream, starts_N2 = cached_arrays(prefix, names, key, build, config, groups)
+    return PackedSamples(indexed, stream, starts_N2, config.seq_length, vocab_size)
 
 
 def epochs_needed(tokens: int, seq_length: int, num_samples: int) -> int:

@@ -13,10 +13,13 @@ from neox.config import NeoXConfig, from_dict
 from neox.data.indexed import IndexedWriter
 
 
-def write_dataset(prefix: Path, lengths: Sequence[int], *, first: int = 0) -> list[np.ndarray]:
-    """Documents of the given lengths, whose tokens count up from `first` through the dataset."""
+def write_dataset(
+    prefix: Path, lengths: Sequence[int], *, first: int = 0, modulo: int = 60000
+) -> list[np.ndarray]:
+    """Documents of the given lengths, whose tokens count up from `first`, below `modulo`."""
     bounds = itertools.pairwise(np.cumsum([first, *lengths]))
-    documents = [np.arange(start, end, dtype=np.uint16) for start, end in bounds]
+    documents = [np.arange(start, end) % modulo for start, end in bounds]
+    documents = [document.astype(np.uint16) for document in documents]
     with IndexedWriter(prefix, vocab_size=60000) as writer:
         writer.add(np.concatenate(documents), np.array(lengths))
     return documents
