@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-import torch
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from neox.config import NeoXConfig
@@ -21,6 +20,8 @@ from neox.model.gpt import Layer
 from neox.model.loss import cross_entropy
 from neox.parallel.groups import ProcessGroups
 from neox.parallel.rng import DropoutStreams
+
+Fill = Callable[[nn.Module, Layer], None]
 
 
 class PipelinedEngine(DeepSpeedEngine):
@@ -36,7 +37,7 @@ class PipelinedEngine(DeepSpeedEngine):
 def build_pipelined(
     config: NeoXConfig,
     layers: list[Layer],
-    fill: Any,
+    fill: Fill,
     streams: DropoutStreams,
     groups: ProcessGroups,
 ) -> PipelinedEngine:
@@ -44,7 +45,7 @@ def build_pipelined(
     specs = [_spec(layer, fill) for layer in layers]
     interval = config.checkpoint_num_layers if config.checkpoint_activations else 0
     with contextlib.redirect_stdout(io.StringIO()):
-        model = PipelineModule(
+        model = _Pipeline(
             specs,
             topology=PipeModelDataParallelTopology(groups.pp, groups.tp, groups.dp),
             loss_fn=partial(_loss, groups=groups),
@@ -59,7 +60,14 @@ def build_pipelined(
     return PipelinedEngine(wrap(model, config), local, streams, groups)
 
 
-def _spec(layer: Layer, fill: Any) -> Any:
+class _Pipeline(PipelineModule):
+    """Balances stages by the layout table; DeepSpeed would build every layer on every rank."""
+
+    def _count_layer_params(self) -> list[int]:
+        return [getattr(spec, "numel", 0) for spec in self._layer_specs]
+
+
+def _spec(layer: Layer, fill: Fill) -> Any:
     """How DeepSpeed is told to build a layer: it calls `build` on the rank that owns it."""
     if not layer.has_parameters:
         return layer.kind
@@ -68,36 +76,42 @@ def _spec(layer: Layer, fill: Any) -> Any:
     return _FilledSpec(layer, fill)
 
 
-class _FilledSpec(LayerSpec):
-    """Builds a layer with its weights in place."""
+class _Filled:
+    """Builds a layer with its weights in place; mixed into DeepSpeed's two kinds of spec."""
 
-    def __init__(self, layer: Layer, fill: Any) -> None:
-        super().__init__(layer.kind, *layer.args)
-        self._layer, self._fill = layer, fill
+    layer: Layer
+    fill: Fill
 
-    def build(self, log: bool = False) -> torch.nn.Module:
-        module = self._layer.build()
-        self._fill(module, self._layer)
+    def build(self, log: bool = False) -> nn.Module:
+        module = self.layer.build()
+        self.fill(module, self.layer)
         return module
 
+    @property
+    def numel(self) -> int:
+        assert self.layer.layout is not None
+        return sum(parameter.numel for parameter in self.layer.layout.values())
 
-class _FilledTiedSpec(TiedLayerSpec):
+
+class _FilledSpec(_Filled, LayerSpec):
+    def __init__(self, layer: Layer, fill: Fill) -> None:
+        LayerSpec.__init__(self, layer.kind, *layer.args)
+        self.layer, self.fill = layer, fill
+
+
+class _FilledTiedSpec(_Filled, TiedLayerSpec):
     """The embedding on the first stage and its twin, the output projection, on the last."""
 
-    def __init__(self, layer: Layer, fill: Any) -> None:
-        super().__init__(
+    def __init__(self, layer: Layer, fill: Fill) -> None:
+        TiedLayerSpec.__init__(
+            self,
             layer.tied,
             layer.kind,
             *layer.args,
             forward_fn=layer.forward,
             tied_weight_attr=["word_embeddings.weight"],
         )
-        self._layer, self._fill = layer, fill
-
-    def build(self, log: bool = False) -> torch.nn.Module:
-        module = self._layer.build()
-        self._fill(module, self._layer)
-        return module
+        self.layer, self.fill = layer, fill
 
 
 def _modules(model: PipelineModule, specs: list[Any]) -> list[Any]:

@@ -35,7 +35,9 @@ def main(config: NeoXConfig, groups: ProcessGroups) -> None:
     if config.zero_stage == 0:
         log.info("zero_optimization: stage 0 runs as stage 1, the same arithmetic in less memory")
     start = find_start(config, groups)
-    loaders = build_loaders(config, groups, start.iteration, tokenizer.eod)
+    loaders = build_loaders(
+        config, groups, start.iteration, tokenizer.eod, vocab_size=tokenizer.vocab_size
+    )
     engine = build_engine(config, groups, padded_vocab_size, start.checkpoint)
     if start.with_optimizer:
         assert start.checkpoint is not None

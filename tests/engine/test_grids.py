@@ -126,3 +126,8 @@ def test_grouped_queries_and_gated_mlp(world: World, tmp_path: Path) -> None:
         "norm": "rmsnorm",
     }
     check(world, tmp_path, values, [(2, 1, 2)])
+
+
+@pytest.mark.parametrize("method", ["parameters", "uniform"])
+def test_other_partitions(world: World, tmp_path: Path, method: str) -> None:
+    check(world, tmp_path, {"pipe_partition_method": method}, [(2, 1, 1)])
