@@ -1,4 +1,4 @@
-"""Models for tests of evaluation: a real one, one of transformers' behind our interface, a wise one."""
+"""Models for tests of evaluation: a real one, one of transformers', one that knows it all."""
 
 from __future__ import annotations
 

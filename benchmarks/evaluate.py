@@ -1,0 +1,262 @@
+"""Documents per second against lm-eval's own HF backend: the same weights, tokens and documents.
+
+Ours is the adapter behind evaluate.py, the peer lm-eval's HFLM over GPTNeoXForCausalLM with the
+same random weights. They take turns on the same documents, so that what else the machine does falls
+on both; lambada_over_lm_eval_hf and piqa_over_lm_eval_hf are medians over the rounds of one turn
+against the other. A turn is lm-eval's `loglikelihood`: tokenization, forward passes, scores. Both
+must give the same scores.
+
+    python benchmarks/evaluate.py [--quick] [--json FILE] [--data DIR] [--tokenizer FILE]
+
+--data: a folder with LAMBADA's and PIQA's files; without it, the documents of the demo.
+--tokenizer: a tokenizer.json; without it, one is trained on the text that Python carries.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from neox import log  # noqa: E402
+from neox.atomic import write_text  # noqa: E402
+
+if TYPE_CHECKING:
+    from lm_eval.api.instance import Instance
+
+    from neox.config import NeoXConfig
+    from neox.inference.stages import InferenceModel
+
+THREADS = 2
+BATCH_SIZE = 8
+SEQUENCE = 2048
+FIGURES = {"lambada_openai": "lambada_over_lm_eval_hf", "piqa": "piqa_over_lm_eval_hf"}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model, and how often it is timed on how many documents."""
+
+    name: str
+    layers: int
+    hidden: int
+    heads: int
+    vocab: int
+    rounds: int
+    documents: int  # per turn
+
+
+FULL = Shape("70M", 6, 512, 8, 50304, rounds=7, documents=40)
+QUICK = Shape("tiny", 2, 128, 4, 8192, rounds=5, documents=16)
+
+Scores = list[tuple[float, bool]]
+Contestant = Callable[["list[Instance]"], Scores]
+
+
+def configuration(shape: Shape, data: Path) -> NeoXConfig:
+    from neox.config import from_dict
+
+    return from_dict(
+        {
+            "num_layers": shape.layers,
+            "hidden_size": shape.hidden,
+            "num_attention_heads": shape.heads,
+            "seq_length": SEQUENCE,
+            "max_position_embeddings": SEQUENCE,
+            "pos_emb": "rotary",
+            "rotary_pct": 0.25,
+            "gpt_j_residual": True,
+            "no_weight_tying": True,
+            "precision": "fp32",
+            "train_micro_batch_size_per_gpu": BATCH_SIZE,
+            "eval_tasks": list(FIGURES),
+            "eval_data_dir": str(data),
+        }
+    )
+
+
+def contestants(config: NeoXConfig, shape: Shape, tokenizer_file: Path) -> dict[str, Contestant]:
+    """Both backends over one set of random weights."""
+    import torch
+    import transformers
+    from lm_eval.models.huggingface import HFLM
+
+    from neox.evaluation.adapter import NeoXLM
+    from neox.tokenizer import load_tokenizer
+
+    torch.manual_seed(1234)
+    peer = transformers.GPTNeoXForCausalLM(
+        transformers.GPTNeoXConfig(
+            vocab_size=shape.vocab,
+            hidden_size=shape.hidden,
+            num_hidden_layers=shape.layers,
+            num_attention_heads=shape.heads,
+            intermediate_size=4 * shape.hidden,
+            max_position_embeddings=SEQUENCE,
+            rope_parameters={
+                "rope_type": "default",
+                "rope_theta": 10000.0,
+                "partial_rotary_factor": 0.25,
+            },
+            use_parallel_residual=True,
+            tie_word_embeddings=False,
+            attn_implementation="sdpa",
+        )
+    ).eval()
+    peer_tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_file=str(tokenizer_file), eos_token="<|endoftext|>", pad_token="<|endoftext|>"
+    )
+    theirs = HFLM(pretrained=peer, tokenizer=peer_tokenizer, batch_size=BATCH_SIZE, device="cpu")
+    ours = NeoXLM(
+        our_model(config, shape, peer.state_dict()),
+        load_tokenizer("HFTokenizer", str(tokenizer_file)),
+        batch_size=BATCH_SIZE,
+        seed=1234,
+    )
+    return {
+        "ours": ours.loglikelihood,
+        "lm-eval hf": lambda requests: theirs.loglikelihood(requests, disable_tqdm=True),
+    }
+
+
+def our_model(config: NeoXConfig, shape: Shape, weights: dict[str, Any]) -> InferenceModel:
+    """InferenceModel with the peer's weights, which have other names."""
+    import torch
+
+    from neox.inference.stages import InferenceModel
+    from neox.model.gpt import layers
+    from neox.parallel.groups import ProcessGroups
+
+    names = {
+        "word_embeddings.weight": "gpt_neox.embed_in.weight",
+        "norm.weight": "gpt_neox.final_layer_norm.weight",
+        "norm.bias": "gpt_neox.final_layer_norm.bias",
+        "final_linear.weight": "lm_head.weight",
+    }
+    stage = []
+    for layer in layers(config, shape.vocab, torch.float32, ProcessGroups.single()):
+        module = layer.build()
+        if layer.has_parameters:
+            for name, parameter in module.named_parameters():
+                inside = name.replace("linear1", "dense_h_to_4h").replace(
+                    "linear2", "dense_4h_to_h"
+                )
+                peer_name = names.get(name, f"gpt_neox.layers.{layer.index - 2}.{inside}")
+                parameter.data.copy_(weights[peer_name])
+        stage.append((layer, module))
+    return InferenceModel(config, ProcessGroups.single(), stage, shape.vocab, torch.float32)
+
+
+def requests_by_document(config: NeoXConfig) -> dict[str, list[list[Instance]]]:
+    """For each task, the requests of each of its documents."""
+    from neox.evaluation.tasks import load_tasks, silenced
+
+    documents: dict[str, list[list[Instance]]] = {}
+    for name, task in load_tasks(config)["tasks"].items():
+        with silenced():
+            task.build_all_requests()
+        by_document: dict[int, list[Instance]] = {}
+        for instance in task.instances:
+            by_document.setdefault(instance.doc_id, []).append(instance)
+        documents[name] = list(by_document.values())
+    return documents
+
+
+def train_tokenizer(folder: Path) -> Path:
+    """Byte-level BPE on the documentation of Python's topics."""
+    import pydoc_data.topics
+
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=8192,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(pydoc_data.topics.topics.values(), trainer)
+    path = folder / "tokenizer.json"
+    tokenizer.save(str(path))
+    return path
+
+
+def compete(
+    shape: Shape, both: dict[str, Contestant], name: str, documents: list[list[Instance]]
+) -> tuple[dict[str, list[float]], float]:
+    """Documents/s of every round by contestant, and the largest difference of two scores."""
+    speeds: dict[str, list[float]] = {who: [] for who in both}
+    difference = 0.0
+    chosen = random.Random(1234)
+    bar = log.progress(total=shape.rounds, desc=name, unit=" rounds")
+    for i in range(-1, shape.rounds):  # round -1 warms up
+        turn = chosen.sample(documents, min(shape.documents, len(documents)))
+        requests = [instance for document in turn for instance in document]
+        scores: dict[str, Scores] = {}
+        for who in list(both) if i % 2 else reversed(both):
+            started = time.perf_counter()
+            scores[who] = both[who](requests)
+            if i >= 0:
+                speeds[who].append(len(turn) / (time.perf_counter() - started))
+        for (a, _), (b, _) in zip(*scores.values(), strict=True):
+            difference = max(difference, abs(a - b))
+        bar.update(i >= 0)
+    bar.close()
+    return speeds, difference
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="a tiny model instead of the 70M one")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
+    parser.add_argument("--data", type=Path, default=ROOT / "configs" / "demo_eval", metavar="DIR")
+    parser.add_argument("--tokenizer", type=Path, metavar="FILE")
+    arguments = parser.parse_args()
+    shape = QUICK if arguments.quick else FULL
+
+    log.quiet_third_parties()
+    config = configuration(shape, arguments.data)
+    documents = requests_by_document(config)
+    import torch
+
+    torch.set_num_threads(THREADS)
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer_file = arguments.tokenizer or train_tokenizer(Path(folder))
+        both = contestants(config, shape, tokenizer_file)
+
+    print(
+        f"{shape.name}: fp32, batch size {BATCH_SIZE}, {THREADS} threads; medians of "
+        f"{shape.rounds} rounds of {shape.documents} documents"
+    )
+    print(f"{'documents/s':16}" + "".join(f"{who:>12}" for who in both) + f"{'ratio':>9}")
+    figures = {}
+    for name, figure in FIGURES.items():
+        speeds, difference = compete(shape, both, name, documents[name])
+        ratios = [a / b for a, b in zip(*speeds.values(), strict=True)]
+        figures[figure] = statistics.median(ratios)
+        print(
+            f"{name:16}"
+            + "".join(f"{statistics.median(values):12.1f}" for values in speeds.values())
+            + f"{figures[figure]:9.3f}   ({min(ratios):.2f} to {max(ratios):.2f}; "
+            f"scores agree to {difference:.0e})"
+        )
+    if arguments.json:
+        write_text(arguments.json, json.dumps(figures) + "\n")
+
+
+if __name__ == "__main__":
+    main()
