@@ -41,7 +41,7 @@ SECTIONS = (
 )
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class NeoXConfig(
     ModelConfig,
     ParallelConfig,

@@ -137,7 +137,7 @@ def settle_sizes(draft: Draft, world_size: int | None, *, strict: bool) -> None:
         )
         return
     replicas = world_size // parts
-    layout = f"replicas ({replicas}"
+    layout = f"data-parallel replicas ({replicas}"
     if parts > 1:
         layout += f" = {world_size} processes / {tp} tensor-parallel / {pp} pipeline stages"
     settle_batch(draft, replicas, f"{layout})", strict=strict)

@@ -19,10 +19,14 @@ def check_files(config: NeoXConfig, purpose: str) -> list[Problem]:
     found = list(_tokenizer(config))
     if purpose == "train":
         found += _data(config)
+        for key in ("save", "log_dir", "tensorboard_dir"):
+            found += _folder(key, getattr(config, key))
     if config.load is not None:
         found += _checkpoint(config, purpose)
     if purpose == "generate" and config.text_gen_type == "input-file" and config.sample_input_file:
         found += _file("sample_input_file", config.sample_input_file)
+    if purpose == "evaluate" and config.eval_data_dir is not None:
+        found += _folder("eval_data_dir", config.eval_data_dir, must_exist=True)
     return [Problem(message, config.origin(key), key) for key, message in found]
 
 
@@ -42,6 +46,14 @@ def _file(key: str, value: str) -> Iterator[tuple[str, str]]:
         yield key, f"{key} is {show(value)}, but that is a folder.{_contents(path)}"
     elif not path.exists():
         yield key, f"{key} is {show(value)}, but there is no such file.{_near(path)}"
+
+
+def _folder(key: str, value: str | None, *, must_exist: bool = False) -> Iterator[tuple[str, str]]:
+    path = Path(value or "")
+    if path.exists() and not path.is_dir():
+        yield key, f"{key} is {show(value)}, but that is a file. Name a folder."
+    elif must_exist and not path.exists():
+        yield key, f"{key} is {show(value)}, but there is no such folder.{_near(path)}"
 
 
 def _data(config: NeoXConfig) -> Iterator[tuple[str, str]]:

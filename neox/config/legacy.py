@@ -69,9 +69,11 @@ def explain_unknown(name: str, known: list[str], block: str, owner: type) -> str
         return "a key is empty."
     if not block and name in RENAMED:
         return f"{sentence} {RENAMED[name]}"
-    homes = [home for home in _homes(name, owner) if home != block]
+    homes = _homes(name, owner)
     if homes:
-        return f"{sentence} It belongs {listed(homes)}."
+        return f"{sentence} It belongs {homes}."
+    if block == "deepspeed_extra_args":
+        known = [*known, *keys_of(owner)]
     near = nearest(name, known)
     if near:
         return f"{sentence} Did you mean {near}?"
@@ -82,11 +84,12 @@ def explain_unknown(name: str, known: list[str], block: str, owner: type) -> str
     return f"{sentence} docs/configuration.md lists them all."
 
 
-def _homes(name: str, owner: type) -> list[str]:
-    """Where a key of exactly this name exists: "at the top level", "into optimizer.params"."""
+def _homes(name: str, owner: type) -> str:
+    """Where a key of exactly this name exists: "at the top level", "in optimizer.params"."""
     if name in keys_of(owner):
-        return ["at the top level"]
-    return [f"into {path}" for path, block in _blocks(owner, "") if name in keys_of(block)]
+        return "at the top level"
+    paths = [path for path, block in _blocks(owner, "") if name in keys_of(block)]
+    return f"in {listed(paths)}" if paths else ""
 
 
 def _blocks(owner: type, prefix: str) -> Iterator[tuple[str, type]]:

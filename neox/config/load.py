@@ -14,7 +14,7 @@ from neox.config.draft import Draft, Problem
 from neox.config.fields import Key, keys_of
 from neox.config.files import check_files as find_missing_files
 from neox.config.legacy import explain_unknown
-from neox.config.values import Misfit, fit, show
+from neox.config.values import Misfit, fit, listed, show
 from neox.errors import ConfigError
 
 Purpose = Literal["train", "generate", "evaluate"]
@@ -84,7 +84,7 @@ def parse_set(text: str) -> tuple[str, Any]:
         return path, source.parse_value(value)
     except source.Malformed as error:
         if value.lstrip()[:1] in tuple("[{\"'"):
-            raise ConfigError(f"--set {path}: {show(value)} {error}") from None
+            raise ConfigError(f"--set {path}={value}: {error}") from None
         return path, value
 
 
@@ -151,9 +151,7 @@ def _settle(draft: Draft, purpose: Purpose | None, world_size: WorldSize) -> Neo
     _hoist_extra_args(draft, keys)
     for name in list(draft.values):
         _accept_top(draft, name, keys)
-    for name, spec in keys.items():
-        if spec.required and draft.values.get(name) is None and name not in draft.bad:
-            draft.problem(name, f"{name} is missing. {spec.doc}")
+    _report_missing(draft, keys)
     settle_precision(draft)
     settle_optimizer(draft, _accept_block)
     settle_prompts(draft)
@@ -177,6 +175,22 @@ def _build(draft: Draft, keys: Mapping[str, Key]) -> NeoXConfig:
     values: dict[str, Any] = {name: None for name, spec in keys.items() if spec.required}
     values |= {name: value for name, value in draft.values.items() if name in keys}
     return NeoXConfig(**values, config_files=dict(draft.texts), origins=dict(draft.origins))
+
+
+def _report_missing(draft: Draft, keys: Mapping[str, Key]) -> None:
+    missing = [
+        name
+        for name, spec in keys.items()
+        if spec.required and draft.values.get(name) is None and name not in draft.bad
+    ]
+    if len(missing) == 1:
+        (name,) = missing
+        draft.problem(name, f"{name} is missing. It is needed: {keys[name].doc}")
+    elif missing:
+        where = f" from {listed(draft.texts, 'and')}" if draft.texts else ""
+        message = f"{listed(missing, 'and')} are missing{where}."
+        draft.problem("", f"{message} Add a file that describes a model, such as configs/125M.yml.")
+        draft.bad.update(missing)
 
 
 def _hoist_extra_args(draft: Draft, keys: Mapping[str, Key]) -> None:

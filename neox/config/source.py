@@ -114,7 +114,7 @@ def read(path: Path) -> Source:
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
         raise ConfigError(
-            f"{path.name}:{line}: is not text: byte 0x{data[error.start]:02x} is not UTF-8."
+            f"{path.name}:{line}: not text: byte 0x{data[error.start]:02x} is not UTF-8."
         ) from None
     except Malformed as error:
         raise ConfigError(f"{path.name}:{error.line}: {error}") from None
@@ -125,7 +125,7 @@ def parse(text: str, name: str) -> Source:
     control = _CONTROL.search(text)
     if control:
         line = text[: control.start()].count("\n") + 1
-        raise Malformed(f"is not text: it holds the control character {control[0]!r}.", line)
+        raise Malformed(f"not text: it holds the control character {control[0]!r}.", line)
     root = compose(text)
     if root is None:
         raise Malformed("the file is empty: it holds no key.", 1)
@@ -155,7 +155,7 @@ def compose(text: str) -> Any:
         mark = error.problem_mark or error.context_mark
         raise Malformed(_explain(error, text), mark.line + 1 if mark else 1) from None
     except (yaml.YAMLError, RecursionError) as error:
-        raise Malformed(f"is not valid YAML: {error or 'it is nested too deeply'}.", 1) from None
+        raise Malformed(f"not valid YAML: {error or 'it is nested too deeply'}.", 1) from None
 
 
 def _explain(error: yaml.MarkedYAMLError, text: str) -> str:
@@ -170,7 +170,7 @@ def _explain(error: yaml.MarkedYAMLError, text: str) -> str:
     if where and error.context_mark and mark and error.context_mark.line != mark.line:
         where += f", which starts on line {error.context_mark.line + 1}"
     comma = " A comma may be missing on the line before." if "','" in problem else ""
-    return f"is not valid YAML: {problem}{where}.{comma}"
+    return f"not valid YAML: {problem}{where}.{comma}"
 
 
 class _Walk:

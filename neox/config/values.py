@@ -134,14 +134,18 @@ def _hint(value: Any, annotation: Any) -> str:
     if isinstance(value, str):
         for branch in branches:
             if typing.get_origin(branch) is typing.Literal:
-                near = nearest(value, typing.get_args(branch))
+                near = _same_type(value, branch) or nearest(value, typing.get_args(branch))
                 return f" Did you mean {near}?" if near else ""
-            if branch in (int, float) and _is_number(value, branch):
-                return f" Write {value.strip()} without quotes."
+            if branch in (int, float):
+                for text in (value.strip(), value.strip().replace("_", "-")):
+                    if _is_number(text, branch):
+                        return f" Write {text}, without quotes."
             if branch is bool and value.lower() in ("true", "false", "yes", "no"):
-                return f" Write {value.lower()} without quotes."
+                return f" Write {value.lower()}, without quotes."
             if typing.get_origin(branch) is list:
                 return f" Write [{show(value)}]."
+    if isinstance(value, list) and str in branches:
+        return f" Write {show(', '.join(map(str, value)))}."
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if number and str in branches:
         return f' Write "{value}", in quotes.'
@@ -150,6 +154,14 @@ def _hint(value: Any, annotation: Any) -> str:
     if number and bool in branches and value in (0, 1):
         return f" Write {'true' if value else 'false'}."
     return ""
+
+
+def _same_type(name: str, choices: Any) -> str | None:
+    """The choice that is another name of the same floating-point type."""
+    for names in ({"fp32", "float32", "float"}, {"fp16", "float16", "half"}, {"bf16", "bfloat16"}):
+        if name.lower() in names:
+            return next((choice for choice in typing.get_args(choices) if choice in names), None)
+    return None
 
 
 def _is_number(text: str, kind: type) -> bool:
