@@ -82,3 +82,13 @@ def _prompts_are_given(config: NeoXConfig) -> Findings:
             "text_gen_type",
             'text_gen_type is "input-file", but there is no sample_input_file. Name it with -i.',
         )
+
+
+@CHECKS.reading("prompt_end", purposes=("generate",))
+def _prompts_have_an_end(config: NeoXConfig) -> Findings:
+    if not config.prompt_end:
+        yield (
+            "prompt_end",
+            'prompt_end is "", which separates nothing. Give the text that ends a prompt, or leave '
+            "it out for a prompt a line.",
+        )

@@ -48,11 +48,7 @@ def _job(config: NeoXConfig) -> Job:
     if config.text_gen_type == "unconditional":
         prompts = [""] * config.num_samples
     else:
-        if config.sample_input_file is None:
-            raise ConfigError(
-                "text_gen_type is input-file, but there is no input file: name it with -i FILE or "
-                "set `sample_input_file`"
-            )
+        assert config.sample_input_file is not None, "checked with the configuration"
         source = Path(config.sample_input_file)
         prompts = read_prompts(source, config.prompt_end)
         if config.sample_output_file is None or config.origin("sample_output_file") == "default":

@@ -161,12 +161,6 @@ def test_preparing_leaves_earlier_results_alone(prompts):
     assert output.read_text() == "of an earlier run"
 
 
-def test_input_file_mode_without_a_file():
-    settings = config(text_gen_type="input-file")
-    with pytest.raises(ConfigError, match="no input file"):
-        modes.prepare(settings, FakeModel(settings).groups)
-
-
 def type_in(monkeypatch, lines: list[str | type[BaseException]]) -> None:
     """Answer `input()` with these lines; an exception class is raised; then the input ends."""
     answers: Iterator = iter(lines)
