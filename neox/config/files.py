@@ -58,34 +58,34 @@ def _folder(key: str, value: str | None, *, must_exist: bool = False) -> Iterato
 
 def _data(config: NeoXConfig) -> Iterator[tuple[str, str]]:
     if config.data_path is not None:
-        yield from _dataset("data_path", config.data_path)
+        yield from _dataset("data_path", f"data_path is {show(config.data_path)}", config.data_path)
     for split in ("train", "valid", "test"):
         key = f"{split}_data_paths"
-        for path in getattr(config, key) or []:
-            yield from _dataset(key, path)
+        for path in dict.fromkeys(getattr(config, key) or []):
+            yield from _dataset(key, f"{key} holds {show(path)}", path)
 
 
-def _dataset(key: str, prefix: str) -> Iterator[tuple[str, str]]:
+def _dataset(key: str, opening: str, prefix: str) -> Iterator[tuple[str, str]]:
     files = [Path(f"{prefix}.bin"), Path(f"{prefix}.idx")]
     missing = [str(file) for file in files if not file.is_file()]
-    if not missing:
-        return
-    verb = "does" if len(missing) == 1 else "do"
-    said = f"{key} is {show(prefix)}, but {listed(missing, 'and')} {verb} not exist."
+    if missing:
+        verb = "does" if len(missing) == 1 else "do"
+        problem = f"{listed(missing, 'and')} {verb} not exist."
+        yield key, f"{opening}, but {problem} {_dataset_hint(prefix)}"
+
+
+def _dataset_hint(prefix: str) -> str:
     for ending in (".bin", ".idx"):
         if prefix.endswith(ending) and Path(prefix).is_file():
-            yield key, f"{said} Leave {ending} off: {show(prefix.removesuffix(ending))}."
-            return
+            return f"Leave {ending} off: {show(prefix.removesuffix(ending))}."
     if Path(f"{prefix}_text_document.bin").is_file():
-        yield key, f"{said} Did you mean {show(prefix + '_text_document')}?"
-        return
+        return f"Did you mean {show(prefix + '_text_document')}?"
     folder = Path(prefix).parent
     if not folder.is_dir():
-        yield key, f"{said} There is no folder {folder}."
-        return
+        return f"There is no folder {folder}."
     others = sorted(file.stem for file in folder.glob("*.bin"))
-    hint = f" {folder} holds {_some(others)}." if others else f" {folder} holds no dataset."
-    yield key, said + hint
+    where = "the current folder" if folder == Path() else str(folder)
+    return f"In {where} there is {_some(others) if others else 'no dataset'}."
 
 
 def _checkpoint(config: NeoXConfig, purpose: str) -> Iterator[tuple[str, str]]:

@@ -69,7 +69,7 @@ def explain_unknown(name: str, known: list[str], block: str, owner: type) -> str
         return "a key is empty."
     if not block and name in RENAMED:
         return f"{sentence} {RENAMED[name]}"
-    homes = _homes(name, owner)
+    homes = _homes(name, block, owner)
     if homes:
         return f"{sentence} It belongs {homes}."
     if block == "deepspeed_extra_args":
@@ -84,11 +84,11 @@ def explain_unknown(name: str, known: list[str], block: str, owner: type) -> str
     return f"{sentence} docs/configuration.md lists them all."
 
 
-def _homes(name: str, owner: type) -> str:
+def _homes(name: str, block: str, owner: type) -> str:
     """Where a key of exactly this name exists: "at the top level", "in optimizer.params"."""
     if name in keys_of(owner):
         return "at the top level"
-    paths = [path for path, block in _blocks(owner, "") if name in keys_of(block)]
+    paths = [p for p, keys in _blocks(owner, "") if p != block and name in keys_of(keys)]
     return f"in {listed(paths)}" if paths else ""
 
 

@@ -20,6 +20,7 @@ from neox.config.values import listed, show
 from neox.errors import ConfigError
 
 SUFFIXES = (".yml", ".yaml", ".json")
+_DEEPEST = 50
 _MOST_VALUES = 100_000  # far above any configuration; an alias bomb stops here
 _MERGE = "tag:yaml.org,2002:merge"
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
@@ -30,6 +31,18 @@ class _Loader(_Safe):
     """Scalars of our dialect; only composing is used, so no constructor runs."""
 
     yaml_implicit_resolvers: ClassVar[dict[str, list[tuple[str, re.Pattern[str]]]]] = {}
+    _depth = 0
+
+    def descend_resolver(self, parent: Any, index: Any) -> None:
+        """Called on the way into every node: libyaml's own recursion would end in a crash."""
+        self._depth += 1
+        if self._depth > _DEEPEST:
+            mark = parent.start_mark
+            raise yaml.MarkedYAMLError(problem=f"more than {_DEEPEST} levels", problem_mark=mark)
+
+    def ascend_resolver(self) -> None:
+        """Called on the way out."""
+        self._depth -= 1
 
 
 def _resolve(kind: str, pattern: str, first: str) -> None:
@@ -154,8 +167,8 @@ def compose(text: str) -> Any:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         raise Malformed(_explain(error, text), mark.line + 1 if mark else 1) from None
-    except (yaml.YAMLError, RecursionError) as error:
-        raise Malformed(f"not valid YAML: {error or 'it is nested too deeply'}.", 1) from None
+    except yaml.YAMLError as error:
+        raise Malformed(f"not valid YAML: {error}.", 1) from None
 
 
 def _explain(error: yaml.MarkedYAMLError, text: str) -> str:
