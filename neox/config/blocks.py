@@ -75,11 +75,15 @@ class BF16:
     bf16_master_weights_and_grads: bool = key(False, "Master copy in bfloat16.")
     bf16_optimizer_states: bool = key(False, "Optimizer state in bfloat16.")
     # Left over when a block of fp16 is renamed; bfloat16 needs no loss scale.
-    loss_scale: float = ignored(0.0, "", "bfloat16 needs no loss scale")
-    initial_scale_power: int = ignored(16, "", "bfloat16 needs no loss scale")
-    loss_scale_window: int | float = ignored(1000, "", "bfloat16 needs no loss scale")
-    hysteresis: int = ignored(2, "", "bfloat16 needs no loss scale")
-    min_loss_scale: int | float = ignored(1, "", "bfloat16 needs no loss scale")
+    loss_scale: float = ignored(0.0, "Loss scale.", "bfloat16 needs no loss scale")
+    initial_scale_power: int = ignored(
+        16, "Start of the loss scale.", "bfloat16 needs no loss scale"
+    )
+    loss_scale_window: int | float = ignored(
+        1000, "Steps that double it.", "bfloat16 needs no loss scale"
+    )
+    hysteresis: int = ignored(2, "Overflows that halve it.", "bfloat16 needs no loss scale")
+    min_loss_scale: int | float = ignored(1, "Smallest loss scale.", "bfloat16 needs no loss scale")
 
 
 class DataTypes:
@@ -126,36 +130,64 @@ class ZeroOptimization:
         None, "Keep the optimizer's state elsewhere.", block=OffloadOptimizer
     )
     load_from_fp32_weights: bool = key(True, "Restore fp32 weights from fp32 copies.")
-    elastic_checkpoint: bool = ignored(False, "", "the checkpoints here load at any size")
+    elastic_checkpoint: bool = ignored(
+        False, "DeepSpeed's former resizing.", "the checkpoints here load at any size"
+    )
     ignore_unused_parameters: bool = key(True, "Accept parameters without a gradient.")
     sub_group_size: int | float = key(1000000000, "Elements updated at once.", low=1)
-    legacy_stage1: bool = ignored(False, "", "DeepSpeed removed the old stage 1")
-    cpu_offload: bool = refused(False, "", f"DeepSpeed renamed it. {_OFFLOAD.format('')}")
-    cpu_offload_use_pin_memory: bool = refused(
-        False, "", f"DeepSpeed renamed it. {_OFFLOAD.format(' with pin_memory')}"
+    legacy_stage1: bool = ignored(
+        False, "The first form of stage 1.", "DeepSpeed removed the old stage 1"
     )
-    cpu_offload_params: bool = refused(False, "", "ZeRO stage 3 is not supported")
-    cpu_offload_param: bool = refused(False, "", "ZeRO stage 3 is not supported")
+    cpu_offload: bool = refused(
+        False, "Former name of offload_optimizer.", f"DeepSpeed renamed it. {_OFFLOAD.format('')}"
+    )
+    cpu_offload_use_pin_memory: bool = refused(
+        False,
+        "Former name of offload_optimizer.pin_memory.",
+        f"DeepSpeed renamed it. {_OFFLOAD.format(' with pin_memory')}",
+    )
+    cpu_offload_params: bool = refused(
+        False, "Former name of offload_param.", "ZeRO stage 3 is not supported"
+    )
+    cpu_offload_param: bool = refused(
+        False, "Former name of offload_param.", "ZeRO stage 3 is not supported"
+    )
     # Stage 3 only. Configurations carry them; at stages 0 to 2 DeepSpeed does not look.
-    offload_param: dict[str, Any] = refused(None, "", "ZeRO stage 3 is not supported")
-    stage3_prefetch_bucket_size: int | float = ignored(50000000, "", "only stage 3 reads it")
-    stage3_param_persistence_threshold: int | float = ignored(100000, "", "only stage 3 reads it")
-    stage3_model_persistence_threshold: int | float = ignored(None, "", "only stage 3 reads it")
-    stage3_max_live_parameters: int | float = ignored(1000000000, "", "only stage 3 reads it")
-    stage3_max_reuse_distance: int | float = ignored(1000000000, "", "only stage 3 reads it")
-    stage3_gather_16bit_weights_on_model_save: bool = ignored(False, "", "only stage 3 reads it")
-    stage3_gather_fp16_weights_on_model_save: bool = ignored(False, "", "only stage 3 reads it")
+    offload_param: dict[str, Any] = refused(
+        None, "Keep weights elsewhere.", "ZeRO stage 3 is not supported"
+    )
+    stage3_prefetch_bucket_size: int | float = ignored(
+        50000000, "Elements fetched ahead.", "only stage 3 reads it"
+    )
+    stage3_param_persistence_threshold: int | float = ignored(
+        100000, "Smallest weight that is sharded.", "only stage 3 reads it"
+    )
+    stage3_model_persistence_threshold: int | float = ignored(
+        None, "Most elements kept whole.", "only stage 3 reads it"
+    )
+    stage3_max_live_parameters: int | float = ignored(
+        1000000000, "Most elements gathered.", "only stage 3 reads it"
+    )
+    stage3_max_reuse_distance: int | float = ignored(
+        1000000000, "Reuse that keeps weights gathered.", "only stage 3 reads it"
+    )
+    stage3_gather_16bit_weights_on_model_save: bool = ignored(
+        False, "Save whole weights.", "only stage 3 reads it"
+    )
+    stage3_gather_fp16_weights_on_model_save: bool = ignored(
+        False, "Save whole weights.", "only stage 3 reads it"
+    )
 
 
 class ActivationCheckpointing:
     """activation_checkpointing"""
 
-    partition_activations: bool = key(False, "")
-    number_checkpoints: int = key(None, "")
-    contiguous_memory_optimization: bool = key(False, "")
-    synchronize_checkpoint_boundary: bool = key(False, "")
-    profile: bool = key(False, "")
-    cpu_checkpointing: bool = key(False, "")
+    partition_activations: bool = key(False, "Split kept activations.")
+    number_checkpoints: int = key(None, "Checkpoints of a forward pass.")
+    contiguous_memory_optimization: bool = key(False, "Keep activations in one buffer.")
+    synchronize_checkpoint_boundary: bool = key(False, "Wait for the device at each.")
+    profile: bool = key(False, "Time the recomputation.")
+    cpu_checkpointing: bool = key(False, "Keep activations in CPU memory.")
 
 
 class CommsLogger:
@@ -195,13 +227,17 @@ class ExtraArgs:
     """deepspeed_extra_args: DeepSpeed's top-level keys that are not keys of NeoX."""
 
     aio: dict[str, Any] = key(None, "Asynchronous I/O for NVMe offloading.")
-    dataloader_drop_last: bool = ignored(False, "", "DeepSpeed does not load the data")
+    dataloader_drop_last: bool = ignored(
+        False, "Drop an incomplete last batch.", "DeepSpeed does not load the data"
+    )
     disable_allgather: bool = key(False, "Broadcast instead of all-gather.")
     disable_python_gc: bool = key(False, "Collect garbage at fixed places only.")
     gradient_allreduce_op: Literal["mean", "sum"] = refused(
-        "mean", "", "the learning rate means the average gradient"
+        "mean",
+        "How gradients of replicas are combined.",
+        "the learning rate means the average gradient",
     )
-    log_level: str = ignored(None, "", "DeepSpeed's own lines are off")
+    log_level: str = ignored(None, "Detail of DeepSpeed's log.", "DeepSpeed's own lines are off")
     memory_breakdown: bool = key(False, "Print memory use.")
     seq_parallel_communication_data_type: DType = key("fp32", "Type of sequence-parallel sums.")
     zero_allow_untested_optimizer: bool = key(True, "Let ZeRO use an optimizer it does not know.")

@@ -37,13 +37,17 @@ class OptimizerConfig:
     )
     lr: float = derived(0.001, "Peak learning rate.", "optimizer.params.lr sets it")
     zero_stage: int = derived(0, "ZeRO stage asked for.", "zero_optimization.stage sets it")
-    zero_reduce_scatter: bool | None = ignored(None, "", _SAY_ZERO.format("reduce_scatter"))
-    zero_contiguous_gradients: bool | None = ignored(
-        None, "", _SAY_ZERO.format("contiguous_gradients")
+    zero_reduce_scatter: bool | None = ignored(
+        None, "A setting of ZeRO's.", _SAY_ZERO.format("reduce_scatter")
     )
-    zero_reduce_bucket_size: int | None = ignored(None, "", _SAY_ZERO.format("reduce_bucket_size"))
+    zero_contiguous_gradients: bool | None = ignored(
+        None, "A setting of ZeRO's.", _SAY_ZERO.format("contiguous_gradients")
+    )
+    zero_reduce_bucket_size: int | None = ignored(
+        None, "A setting of ZeRO's.", _SAY_ZERO.format("reduce_bucket_size")
+    )
     zero_allgather_bucket_size: int | None = ignored(
-        None, "", _SAY_ZERO.format("allgather_bucket_size")
+        None, "A setting of ZeRO's.", _SAY_ZERO.format("allgather_bucket_size")
     )
 
     @property

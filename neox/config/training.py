@@ -91,17 +91,27 @@ class TrainingConfig:
     clip_grad: float = ignored(
         1.0, "Largest gradient norm.", "gradient_clipping is the key that acts (also upstream)"
     )
-    hysteresis: int = ignored(2, "", "fp16.hysteresis is the key that acts (also upstream)")
+    hysteresis: int = ignored(
+        2,
+        "Overflows before the loss scale is halved.",
+        "fp16.hysteresis is the key that acts (also upstream)",
+    )
     dynamic_loss_scale: bool | None = ignored(
-        None, "", "fp16.loss_scale: 0 makes the scale dynamic (also upstream)"
+        None,
+        "Whether the loss scale is dynamic.",
+        "fp16.loss_scale: 0 makes the scale dynamic (also upstream)",
     )
     loss_scale: float | None = ignored(
-        None, "", "fp16.loss_scale is the key that acts (also upstream)"
+        None, "The loss scale.", "fp16.loss_scale is the key that acts (also upstream)"
     )
     loss_scale_window: float = ignored(
-        1000.0, "", "fp16.loss_scale_window is the key that acts (also upstream)"
+        1000.0,
+        "Steps that double the loss scale.",
+        "fp16.loss_scale_window is the key that acts (also upstream)",
     )
-    min_scale: float = ignored(1.0, "", "fp16.min_loss_scale is the key that acts (also upstream)")
+    min_scale: float = ignored(
+        1.0, "Smallest loss scale.", "fp16.min_loss_scale is the key that acts (also upstream)"
+    )
     batch_size: int | None = derived(
         None, "Batch of one process.", "train_micro_batch_size_per_gpu sets it"
     )

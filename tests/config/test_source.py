@@ -77,7 +77,7 @@ def test_scalars_that_cannot_be(text: str) -> None:
 
 def test_the_json_like_style() -> None:
     source = parse(
-        '{\n  # comment\n\t"a": 1, "b": True, # another\n  "c": {"d": 6e-4,},\n  "e-f": [1, 2,],\n}',
+        '{\n  # one\n\t"a": 1, "b": True, # two\n  "c": {"d": 6e-4,},\n  "e-f": [1, 2,],\n}',
         "a.yml",
     )
     assert source.values == {"a": 1, "b": True, "c": {"d": 6e-4}, "e_f": [1, 2]}
