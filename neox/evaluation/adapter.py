@@ -15,12 +15,11 @@ import torch.distributed as dist
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.models.utils import normalize_gen_kwargs
-from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 from tqdm import tqdm
 
 from neox import log
-from neox.errors import CheckpointError, ConfigError, DataError
+from neox.errors import CheckpointError, ConfigError
 from neox.inference.generate import generate
 from neox.inference.sampling import Sampling, prompt_generator
 from neox.inference.stages import InferenceModel
@@ -62,23 +61,10 @@ class NeoXLM(LM):
         return self._score([self.encode_pair(*request.args) for request in requests])
 
     def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
-        """The log-probability of each whole text, from an end-of-document token on.
-
-        A text longer than seq_length is scored window by window, each token once and with as much
-        before it as fits.
-        """
-        pairs: list[Pair] = []
-        owners: list[int] = []
-        for i, request in enumerate(requests):
-            windows = get_rolling_token_windows(
-                self.tokenizer.tokenize(request.args[0]), self.tokenizer.eod, self.max_length, 1
-            )
-            pairs += [make_disjoint_window(window) for window in windows]
-            owners += [i] * (len(pairs) - len(owners))
-        totals = [0.0] * len(requests)
-        for i, (log_probability, _) in zip(owners, self._score(pairs), strict=True):
-            totals[i] += log_probability
-        return totals
+        """The log-probability of each whole text, after an end-of-document token."""
+        eod = self.tokenizer.eod
+        pairs = [([eod], self.tokenizer.tokenize(request.args[0])) for request in requests]
+        return [log_probability for log_probability, _ in self._score(pairs)]
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """What the model writes after each context, up to the first stop string (left out).
@@ -118,20 +104,33 @@ class NeoXLM(LM):
     def _score(self, pairs: Sequence[Pair]) -> list[tuple[float, bool]]:
         """Log-probability and greediness of every pair's continuation. Collective, see above.
 
+        A continuation longer than seq_length is scored piece by piece, each token once and with
+        as much before its piece as fits.
+        """
+        pieces: list[Pair] = []
+        owners: list[int] = []
+        for i, (context, continuation) in enumerate(pairs):
+            for start in range(0, len(continuation), self.max_length):
+                piece = continuation[start : start + self.max_length]
+                pieces.append((context + continuation[:start], piece))
+                owners.append(i)
+        totals, greedy = [0.0] * len(pairs), [True] * len(pairs)
+        for i, (total, likeliest) in zip(owners, self._score_pieces(pieces), strict=True):
+            totals[i] += total
+            greedy[i] &= likeliest == 1
+        return list(zip(totals, greedy, strict=True))
+
+    def _score_pieces(self, pairs: Sequence[Pair]) -> list[list[float]]:
+        """[log-probability, 1 if greedy] of every pair; no continuation is empty or too long.
+
         Pairs with the same input (context and continuation without its last token) share one row:
         less work, and equal answers get exactly equal scores. The longest rows come first, so a
         batch too big for the memory fails at once.
         """
         askers: dict[tuple[int, ...], list[int]] = {}
         for i, (context, continuation) in enumerate(pairs):
-            if len(continuation) > self.max_length:
-                raise DataError(
-                    f"a text to be scored has {len(continuation)} tokens, and the model's "
-                    f"seq_length is {self.max_length}: this task needs a longer context"
-                )
-            if continuation:
-                row = (context + continuation)[-(self.max_length + 1) : -1]
-                askers.setdefault(tuple(row), []).append(i)
+            row = (context + continuation)[-(self.max_length + 1) : -1]
+            askers.setdefault(tuple(row), []).append(i)
         groups = self.model.groups
         rows = sorted(askers, key=len, reverse=True)[groups.dp_rank :: groups.dp]
         self.bar.total += len(rows)
@@ -149,10 +148,7 @@ class NeoXLM(LM):
         scores = self.model.broadcast(scores.to(self.model.device))
         if groups.dp_group is not None:
             dist.all_reduce(scores, group=groups.dp_group)
-        return [
-            (total, greedy == 1) if continuation else (0.0, True)
-            for (total, greedy), (_, continuation) in zip(scores.tolist(), pairs, strict=True)
-        ]
+        return scores.tolist()
 
     def _continue(self, context: str, options: dict[str, Any], index: int) -> str:
         """The text after `context`; `index` numbers the request, for its random stream."""

@@ -121,19 +121,27 @@ def tracker_metrics(results: Mapping[str, Any]) -> dict[str, float]:
 
 
 def table(results: Mapping[str, Any]) -> str:
-    """The scores for people: task, metric, value, standard error, documents."""
+    """The scores for people: task, metric, value, standard error, documents scored (of all)."""
     rows = [("task", "metric", "value", "stderr", "documents")]
     for score in scores(results):
-        stderr = "" if score.stderr is None else f"{score.stderr:.4f}"
-        rows.append((score.task, score.metric, f"{score.value:.4f}", stderr, str(score.documents)))
+        stderr = "" if score.stderr is None else _four_digits(score.stderr)
+        documents = str(score.documents)
+        everything = results["n-samples"].get(score.task, {}).get("original", score.documents)
+        if score.documents < everything:
+            documents += f" of {everything}"
+        rows.append((score.task, score.metric, _four_digits(score.value), stderr, documents))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(
             cell.ljust(width) if column < 2 else cell.rjust(width)
             for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
+        )
         for row in rows
     )
+
+
+def _four_digits(value: float) -> str:
+    return f"{value:.4f}" if abs(value) < 1e5 else f"{value:.3e}"
 
 
 def _conditions(config: NeoXConfig, tokenizer: Tokenizer, groups: ProcessGroups) -> dict[str, Any]:
@@ -141,6 +149,7 @@ def _conditions(config: NeoXConfig, tokenizer: Tokenizer, groups: ProcessGroups)
     return {
         "config": {
             "model": "neox",
+            "model_args": {"load": config.load, "iteration": config.iteration},
             "batch_size": config.train_micro_batch_size_per_gpu,
             "device": str(groups.device),
             "use_cache": None,
@@ -151,8 +160,8 @@ def _conditions(config: NeoXConfig, tokenizer: Tokenizer, groups: ProcessGroups)
             "precision": config.dtype,
         },
         "tokenizer": {
-            "type": config.tokenizer_type,
-            "name": tokenizer.name,
+            "type": tokenizer.name,
+            "vocab_file": config.vocab_file,
             "vocab_size": tokenizer.vocab_size,
         },
         "grid": {"tp": groups.tp, "pp": groups.pp, "dp": groups.dp},

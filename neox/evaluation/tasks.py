@@ -50,8 +50,7 @@ def load_tasks(config: NeoXConfig) -> TaskDict:
         # Read by the libraries when they are first imported, below.
         os.environ.update(dict.fromkeys(OFFLINE_SWITCHES, "1"))
 
-    with silenced():
-        manager = _task_manager(whole=not all(name in READERS for name in requested))
+    manager = _task_manager(whole=not all(name in READERS for name in requested))
     tasks: TaskDict = {"tasks": {}, "groups": {}, "group_map": {}}
     for name in match_names(requested, manager.all_tasks):
         if name in local:
@@ -75,7 +74,7 @@ def match_names(requested: Sequence[str], known: Sequence[str]) -> list[str]:
     for name in requested:
         matches = [name] if name in known else fnmatch.filter(known, name)
         if not matches:
-            near = difflib.get_close_matches(name, [*known, *ALIASES], n=3)
+            near = difflib.get_close_matches(name, known, n=3)
             hint = f"did you mean {' or '.join(near)}?" if near else "`lm-eval ls tasks` lists them"
             raise ConfigError(f"eval_tasks: lm-eval has no task {name!r}; {hint}")
         names.update(dict.fromkeys(matches))
@@ -106,6 +105,7 @@ def _task_manager(whole: bool) -> TaskManager:
         templates.from_string = functools.cache(templates.from_string)
 
     if whole:
+        log.info("looking through lm-eval's task definitions")
         return lm_eval.tasks.TaskManager()
     definitions = Path(lm_eval.tasks.__file__).parent
     return lm_eval.tasks.TaskManager(

@@ -9,7 +9,7 @@ import pytest
 import torch
 from lm_eval.api.instance import Instance
 
-from neox.errors import CheckpointError, ConfigError, DataError
+from neox.errors import CheckpointError, ConfigError
 from neox.evaluation.adapter import NeoXLM
 from neox.inference.stages import InferenceModel
 from neox.parallel.groups import ProcessGroups, initialize
@@ -154,9 +154,18 @@ def test_equal_inputs_are_computed_once_and_score_exactly_the_same(model, tokeni
     assert got == got[:3] * 5
 
 
-def test_a_continuation_longer_than_the_model_can_see_is_refused(model, tokenizer):
-    with pytest.raises(DataError, match=r"has \d+ tokens, and the model's seq_length is 48"):
-        score(adapter(model, tokenizer), [("It was", TEXT * 2)])
+def test_a_continuation_longer_than_the_model_can_see_is_scored_in_pieces(model, tokenizer):
+    lm = adapter(model, tokenizer)
+    [(got, greedy)] = score(lm, [("It was", TEXT * 4)])
+    context, continuation = lm.encode_pair("It was", TEXT * 4)
+    assert len(continuation) > 3 * SEQ_LENGTH
+    expected = 0.0
+    while continuation:
+        piece, continuation = continuation[:SEQ_LENGTH], continuation[SEQ_LENGTH:]
+        expected += one_by_one(model, context, piece)[0]
+        context = context + piece
+    assert got == pytest.approx(expected, abs=1e-3)
+    assert greedy is False
 
 
 def test_logits_that_are_no_numbers_are_not_scored(tokenizer):
@@ -170,20 +179,12 @@ def rolling(lm: NeoXLM, texts: list[str]) -> list[float]:
     return lm.loglikelihood_rolling(instances("loglikelihood_rolling", [(t,) for t in texts]))
 
 
-def test_rolling_scores_each_token_once(model, tokenizer):
-    texts = ["It was the best of times", "", TEXT * 2, TEXT * 4]
-    lengths = [len(tokenizer.tokenize(text)) for text in texts]
-    assert lengths[0] < SEQ_LENGTH < lengths[2] and lengths[3] > 3 * SEQ_LENGTH
-    got = rolling(adapter(model, tokenizer), texts)
-    for text, total in zip(texts, got, strict=True):
-        tokens = [tokenizer.eod, *tokenizer.tokenize(text)]
-        expected, start = 0.0, 1
-        while start < len(tokens):
-            stop = min(start + SEQ_LENGTH, len(tokens))
-            first = max(0, stop - SEQ_LENGTH - 1)  # the last window reaches back as far as it can
-            expected += one_by_one(model, tokens[first:start], tokens[start:stop])[0]
-            start = stop
-        assert total == pytest.approx(expected, abs=1e-3)
+def test_rolling_scores_the_text_as_a_document(model, tokenizer):
+    texts = ["It was the best of times", "", TEXT * 4]
+    lm = adapter(model, tokenizer)
+    expected = [one_by_one(model, [tokenizer.eod], tokenizer.tokenize(texts[0]))[0], 0.0]
+    expected += [score(lm, [("", texts[2])])[0][0]]
+    assert rolling(lm, texts) == pytest.approx(expected, abs=1e-4)
 
 
 def generate(lm: NeoXLM, context: str, **options: Any) -> str:

@@ -129,6 +129,13 @@ def test_table(results):
     assert len({len(line) for line in run.table(results).splitlines()}) == 1
 
 
+def test_table_of_a_part_and_of_a_large_number():
+    values = {"sample_len": 7, "perplexity,none": 9.876e10, "perplexity_stderr,none": 0.5}
+    results = {"results": {"t": values}, "n-samples": {"t": {"original": 70, "effective": 7}}}
+    line = run.table(results).splitlines()[1]
+    assert line.split() == ["t", "perplexity", "9.876e+10", "0.5000", "7", "of", "70"]
+
+
 def test_a_filter_s_name_goes_behind_the_metric_s():
     values = {"alias": "gsm8k", "sample_len": 7, "exact_match,strict-match": 0.5}
     values |= {"exact_match_stderr,strict-match": "N/A", "acc,none": 0.25}
