@@ -120,12 +120,12 @@ def measure(config: Path, rounds: int) -> list[tuple[float, float, float]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="5 rounds instead of 15")
+    parser.add_argument("--quick", action="store_true", help="3 rounds instead of 15")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
     arguments = parser.parse_args()
 
     with tempfile.TemporaryDirectory(prefix="neox-startup-") as folder:
-        measured = measure(make_model(Path(folder)), 5 if arguments.quick else 15)
+        measured = measure(make_model(Path(folder)), 3 if arguments.quick else 15)
     generate, tokens, torch_import = (
         statistics.median(column) for column in zip(*measured, strict=True)
     )

@@ -188,17 +188,14 @@ def _from_rank_0(function: Callable[[], T], groups: ProcessGroups) -> T:
 
     Only rank 0 has the terminal, and on a cluster perhaps the files. Collective over the world.
     """
-    answer: T | None = None
-    error: NeoXError | None = None
+    answer: list[Any] = [None, None]  # the value, the error
     if groups.rank == 0:
         try:
-            answer = function()
-        except NeoXError as caught:
-            error = caught
+            answer[0] = function()
+        except NeoXError as error:
+            answer[1] = error
     if groups.world_size > 1:
-        box = [answer, error]
-        dist.broadcast_object_list(box, src=0)
-        answer, error = box
-    if error is not None:
-        raise error
-    return answer
+        dist.broadcast_object_list(answer, src=0)
+    if answer[1] is not None:
+        raise answer[1]
+    return answer[0]
