@@ -1,8 +1,8 @@
-"""Errors a user can put right. Entry points print them as `error: <message>` and exit with status 2."""
+"""Errors a user can put right: printed as `error: <message>`, exit status 2, no traceback."""
 
 
 class NeoXError(Exception):
-    """Base of every error that is the input's fault; its text says what, the numbers, what to do."""
+    """Base of every error that is the input's fault: what, the numbers, what to do."""
 
 
 class ConfigError(NeoXError):
