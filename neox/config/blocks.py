@@ -218,8 +218,12 @@ class Checkpoint:
     tag_validation: Literal["Ignore", "Warn", "Fail"] = key(
         "Warn", "What to do when ranks save under different names."
     )
-    load_universal: bool = key(False, "The checkpoint is a universal one.")
-    use_node_local_storage: bool = key(False, "Every machine saves on its own disk.")
+    load_universal: bool = refused(
+        False, "The checkpoint is a universal one.", "universal checkpoints are not loaded"
+    )
+    use_node_local_storage: bool = refused(
+        False, "Every machine saves on its own disk.", "all processes save into one folder"
+    )
     parallel_write: dict[str, Any] = key(None, "Write by several processes of a replica.")
 
 
@@ -238,7 +242,7 @@ class ExtraArgs:
         "the learning rate means the average gradient",
     )
     log_level: str = ignored(None, "Detail of DeepSpeed's log.", "DeepSpeed's own lines are off")
-    memory_breakdown: bool = key(False, "Print memory use.")
+    memory_breakdown: bool = ignored(False, "Print memory use.", "DeepSpeed's own lines are off")
     seq_parallel_communication_data_type: DType = key("fp32", "Type of sequence-parallel sums.")
     zero_allow_untested_optimizer: bool = key(True, "Let ZeRO use an optimizer it does not know.")
     zero_force_ds_cpu_optimizer: bool = key(False, "Insist on DeepSpeed's CPU optimizer.")

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from neox.config.config import NeoXConfig
 
 _MONITOR = "DeepSpeed's monitors are off, and {} is the key that acts"
+_LOG = "DeepSpeed's own lines are off"
 _NEVER = 1 << 30  # steps_per_print: DeepSpeed never prints; the training loop does
 
 
@@ -54,17 +55,12 @@ class DeepSpeedConfig:
     gradient_predivide_factor: float = key(
         1.0, "With prescale_gradients: part of the division done before.", above=0
     )
-    wall_clock_breakdown: bool = key(False, "Time the parts of every step.")
-    comms_logger: dict[str, Any] | None = key(
-        None, "DeepSpeed's log of communication.", block=CommsLogger
-    )
     flops_profiler: dict[str, Any] | None = key(
         None, "DeepSpeed's profiler of floating-point operations.", block=FlopsProfiler
     )
     checkpoint: dict[str, Any] | None = key(
         None, "How DeepSpeed writes checkpoints.", block=Checkpoint
     )
-    dump_state: bool = key(False, "Print DeepSpeed's configuration at the start.")
     deepspeed_extra_args: dict[str, Any] | None = key(
         None, "More keys for DeepSpeed, merged with the others.", block=ExtraArgs
     )
@@ -73,7 +69,14 @@ class DeepSpeedConfig:
     steps_per_print: int = ignored(
         10,
         "Steps between DeepSpeed's lines.",
-        "DeepSpeed's own lines are off, and log_interval is the key that acts",
+        f"{_LOG}, and log_interval is the key that acts",
+    )
+    wall_clock_breakdown: bool = ignored(
+        False, "Time the parts of every step.", "only whole steps are timed"
+    )
+    dump_state: bool = ignored(False, "Print DeepSpeed's configuration.", _LOG)
+    comms_logger: dict[str, Any] | None = ignored(
+        None, "DeepSpeed's log of communication.", _LOG, block=CommsLogger
     )
     sparse_gradients: bool = ignored(False, "Sparse gradients.", "every gradient is dense")
     activation_checkpointing: dict[str, Any] | None = ignored(
@@ -136,10 +139,8 @@ def to_deepspeed(config: NeoXConfig) -> dict[str, Any]:
         "gradient_accumulation_steps": config.gradient_accumulation_steps,
         "gradient_clipping": config.gradient_clipping,
         "steps_per_print": _NEVER,
-        "wall_clock_breakdown": config.wall_clock_breakdown,
         "prescale_gradients": config.prescale_gradients,
         "gradient_predivide_factor": config.gradient_predivide_factor,
-        "dump_state": config.dump_state,
         "zero_allow_untested_optimizer": True,
     }
     zero = _acting(config.zero_optimization, ZeroOptimization)
@@ -147,11 +148,7 @@ def to_deepspeed(config: NeoXConfig) -> dict[str, Any]:
     result |= _precision(config)
     if config.fp32_allreduce or config.communication_data_type is not None:
         result["communication_data_type"] = config.communication_data_type or "fp32"
-    for name, block in (
-        ("comms_logger", CommsLogger),
-        ("flops_profiler", FlopsProfiler),
-        ("checkpoint", Checkpoint),
-    ):
+    for name, block in (("flops_profiler", FlopsProfiler), ("checkpoint", Checkpoint)):
         if getattr(config, name) is not None:
             result[name] = _acting(getattr(config, name), block)
     return result | _acting(config.deepspeed_extra_args, ExtraArgs)

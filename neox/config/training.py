@@ -25,9 +25,7 @@ class TrainingConfig:
     train_epochs: int | None = refused(
         None, "Passes over the data.", "training by epochs is not supported. Use train_iters"
     )
-    exit_interval: int | None = key(
-        None, "Save and stop when the iteration is a multiple of it.", low=1
-    )
+    exit_interval: int | None = key(None, "Stop when the iteration is a multiple of it.", low=1)
     eval_interval: int = key(1000, "Iterations between two validations.", low=1)
     eval_iters: int = key(100, "Batches of one validation; 0 turns it off.", low=0)
     char_level_ppl: bool = refused(

@@ -302,14 +302,14 @@ FROZEN = {
         fp32_allreduce                            acts     false
         prescale_gradients                        acts     false
         gradient_predivide_factor                 acts     1.0
-        wall_clock_breakdown                      acts     false
-        comms_logger                              acts     null
         flops_profiler                            acts     null
         checkpoint                                acts     null
-        dump_state                                acts     false
         deepspeed_extra_args                      acts     null
         deepspeed                                 derived  true
         steps_per_print                           ignored  10
+        wall_clock_breakdown                      ignored  false
+        dump_state                                ignored  false
+        comms_logger                              ignored  null
         sparse_gradients                          ignored  false
         activation_checkpointing                  ignored  null
         tensorboard                               ignored  null
