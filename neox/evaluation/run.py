@@ -55,7 +55,7 @@ def evaluate(
     # lm-eval would bootstrap in forked processes, and a process with communicators cannot fork.
     os.environ["DISABLE_MULTIPROC"] = "1"
     started = time.time()
-    with log.progress(total=0, desc="evaluating") as bar, silenced():
+    with log.progress(total=0, desc="evaluating", unit=" inputs") as bar, silenced():
         lm = NeoXLM(
             model,
             tokenizer,
