@@ -110,12 +110,13 @@ def _try(value: Any, branch: Any) -> tuple[bool, Any]:
             return False, None
         (item_type,) = typing.get_args(branch)
         return True, [_item(index, item, item_type) for index, item in enumerate(value)]
-    if branch is float and isinstance(value, int) and not isinstance(value, bool):
-        if abs(value) > 1 << 1023:
-            raise Misfit("which is larger than any floating-point number.")
-        return True, float(value)
-    if branch in (int, float) and isinstance(value, bool):
-        return False, None
+    if branch in (int, float):
+        if isinstance(value, bool):
+            return False, None
+        if isinstance(value, int) and abs(value) >= 1 << 63:
+            raise Misfit("which does not fit into 64 bits.")
+        if branch is float and isinstance(value, int):
+            return True, float(value)
     if branch is str and value == "None":
         raise Misfit("which YAML reads as text. Write null for no value.")
     return isinstance(value, typing.get_origin(branch) or branch), value
@@ -134,7 +135,10 @@ def _hint(value: Any, annotation: Any) -> str:
     if isinstance(value, str):
         for branch in branches:
             if typing.get_origin(branch) is typing.Literal:
-                near = _same_type(value, branch) or nearest(value, typing.get_args(branch))
+                choices = [str(choice) for choice in typing.get_args(branch)]
+                if value in choices:
+                    return f" Write {value}, without quotes."
+                near = _same_type(value, choices) or nearest(value, choices)
                 return f" Did you mean {near}?" if near else ""
             if branch in (int, float):
                 for text in (value.strip(), value.strip().replace("_", "-")):
@@ -156,11 +160,11 @@ def _hint(value: Any, annotation: Any) -> str:
     return ""
 
 
-def _same_type(name: str, choices: Any) -> str | None:
+def _same_type(name: str, choices: list[str]) -> str | None:
     """The choice that is another name of the same floating-point type."""
     for names in ({"fp32", "float32", "float"}, {"fp16", "float16", "half"}, {"bf16", "bfloat16"}):
         if name.lower() in names:
-            return next((choice for choice in typing.get_args(choices) if choice in names), None)
+            return next((choice for choice in choices if choice in names), None)
     return None
 
 
