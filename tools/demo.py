@@ -20,6 +20,8 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 OUTPUT = Path("demo")  # configs/demo.yml says so too
+# The same on every machine: no GPU, though it may have some, and nothing sent to W&B's server.
+ENVIRONMENT = {"CUDA_VISIBLE_DEVICES": "", "WANDB_MODE": "offline"}
 
 TRAIN = "./deepy.py train.py configs/demo.yml"
 # The checkpoint is of a 2 x 2 grid; any other reads it as it is.
@@ -66,7 +68,7 @@ STEPS = [
         "--tokenizer-type HFTokenizer --vocab-file demo/tokenizer.json --append-eod "
         "--output-prefix demo/corpus",
     ),
-    Step("training", "Train at tp 2 x pp 2: four processes", f"WANDB_MODE=offline {TRAIN}"),
+    Step("training", "Train at tp 2 x pp 2: four processes", TRAIN),
     Step(
         "generating",
         "Generate from the checkpoint at tp 1 x pp 1: one process, no conversion",
@@ -75,7 +77,7 @@ STEPS = [
     Step(
         "evaluating",
         "Evaluate on 40 documents like LAMBADA's and 40 like PIQA's",
-        f"WANDB_MODE=offline {EVALUATE} --eval_results_prefix demo/lambada_piqa",
+        f"{EVALUATE} --eval_results_prefix demo/lambada_piqa",
     ),
     Step("plotting", "Draw the loss", ".venv/bin/python tools/plot.py demo/logs -o demo/loss.png"),
 ]
@@ -83,6 +85,8 @@ STEPS = [
 
 def main() -> int:
     os.chdir(REPOSITORY)
+    os.environ.update(ENVIRONMENT)
+    print("$ export " + " ".join(f"{name}={value}" for name, value in ENVIRONMENT.items()))
     shutil.rmtree(OUTPUT, ignore_errors=True)
     status, seconds = run_steps(STEPS)
     if status == 0:
