@@ -10,6 +10,7 @@ from neox.config import NeoXConfig
 from neox.errors import CheckpointError
 from neox.inference.stages import InferenceModel
 from neox.model.gpt import layers, partition, torch_dtype
+from neox.model.layout import pad_vocab_size
 from neox.parallel.groups import ProcessGroups
 
 
@@ -17,7 +18,7 @@ def load_model(config: NeoXConfig, groups: ProcessGroups) -> InferenceModel:
     """Build this rank's stage and fill it from `config.load` at `config.iteration` or `latest`.
 
     The checkpoint may have any number of shards. Its padded vocabulary is kept, so the model is
-    the one that was trained at every grid; it grows only where tp does not divide it.
+    the one that was trained at every grid.
     Not collective. Raises CheckpointError when there is no checkpoint or it does not fit.
     """
     if config.load is None:
@@ -26,9 +27,10 @@ def load_model(config: NeoXConfig, groups: ProcessGroups) -> InferenceModel:
             "the folder that holds `latest` and the global_step folders."
         )
     checkpoint = Checkpoint.open(Path(config.load), config.iteration)
-    padded_vocab_size = -(-checkpoint.padded_vocab_size // groups.tp) * groups.tp
+    padded_vocab_size = checkpoint.padded_vocab_size
     dtype = torch_dtype(config.dtype)
-    model = layers(config, padded_vocab_size, dtype, groups)
+    # Where tp does not divide the vocabulary, the last shard has rows that InferenceModel cuts off.
+    model = layers(config, pad_vocab_size(padded_vocab_size, 1, groups.tp), dtype, groups)
     stage = []
     tied: dict[str, Any] = {}
     for index in partition(config.num_layers, groups.pp)[groups.pp_rank]:

@@ -88,7 +88,8 @@ class InferenceModel:
         if not self.groups.is_last_stage:
             self._send(x)
             return None
-        return gather_from_tensor_parallel(x, self.groups).float()
+        logits_BSV = gather_from_tensor_parallel(x, self.groups)
+        return logits_BSV[..., : self.padded_vocab_size].float()
 
     def broadcast(self, tensor: Tensor) -> Tensor:
         """Overwrite `tensor` on every rank of the replica with the last stage's first tp rank's.

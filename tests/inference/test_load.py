@@ -1,0 +1,73 @@
+"""Loading a checkpoint to generate: at any grid it is the model that was saved."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+from neox.checkpoint.directory import write_checkpoint
+from neox.checkpoint.neox import save_layer
+from neox.errors import CheckpointError
+from neox.inference.load import load_model
+from neox.model.gpt import layers
+from neox.model.init import initialize as fill_weights
+from neox.parallel.groups import ProcessGroups, initialize
+from neox.parallel.topology import Topology
+from tests.models import config_of
+from tests.world import World
+
+SINGLE = ProcessGroups.single()
+VOCAB = 61  # no tp divides it
+TOKENS = torch.arange(12)[None] % VOCAB
+
+
+@pytest.fixture(params=[{}, {"no_weight_tying": False, "gpt_j_residual": False}], ids=str)
+def saved(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[dict, Path]:
+    config = config_of(**request.param)
+    model = layers(config, VOCAB, torch.float32, SINGLE)
+
+    def write(folder: Path) -> None:
+        for layer in model:
+            if layer.has_parameters and layer.forward is None:
+                module = layer.build()
+                fill_weights(module, layer, config, 1, SINGLE)
+                save_layer(folder, layer, module, SINGLE)
+
+    write_checkpoint(tmp_path, 1, write, {}, SINGLE)
+    return request.param, tmp_path
+
+
+def logits(rank: int, folder: str, topology: Topology, values: dict) -> Tensor | None:
+    config = config_of(
+        world_size=topology.world_size,
+        load=folder,
+        model_parallel_size=topology.tp,
+        pipe_parallel_size=topology.pp,
+        **values,
+    )
+    groups = (
+        initialize(topology, "gloo", torch.device("cpu")) if topology.world_size > 1 else SINGLE
+    )
+    return load_model(config, groups)(TOKENS)
+
+
+@pytest.mark.parametrize(
+    "topology", [Topology(tp=2), Topology(pp=2, tp=2), Topology(tp=4)], ids=str
+)
+def test_a_vocabulary_that_tp_does_not_divide(
+    world: World, saved: tuple[dict, Path], topology: Topology
+) -> None:
+    values, folder = saved
+    whole = logits(0, str(folder), Topology(), values)
+    assert whole is not None and whole.shape == (1, 12, VOCAB)
+    *_, last = world.run(topology.world_size, logits, str(folder), topology, values)
+    assert_close(last, whole, atol=1e-5, rtol=1e-5)
+
+
+def test_without_a_checkpoint() -> None:
+    with pytest.raises(CheckpointError, match="load is not set"):
+        load_model(config_of(), SINGLE)
