@@ -9,6 +9,7 @@ import shlex
 import signal
 import socket
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,12 +81,13 @@ def launch(entry_point: str | None, script: Path | None, config: NeoXConfig, pla
         or (next(iter(plan.hosts)) if several_hosts else "127.0.0.1"),
         master_port=config.master_port if several_hosts else _choose_port(config),
         host=socket.gethostname(),
+        log_dir=config.log_dir,
     )
+    if plan.world_size == 1 and not several_hosts:
+        return _run_in_place(job, config)
     # The other hosts see the current folder, not this machine's /tmp.
     folder = RunFolder.create(job, config, parent=Path.cwd() if several_hosts else None)
     try:
-        if plan.world_size == 1 and not several_hosts:
-            return _run_in_place(job, config, folder)
         command = [*deepspeed_command(plan, job, config), str(_WORKER), str(folder.path)]
         return supervise(
             command,
@@ -98,15 +100,18 @@ def launch(entry_point: str | None, script: Path | None, config: NeoXConfig, pla
         folder.remove()
 
 
-def _run_in_place(job: Job, config: NeoXConfig, folder: RunFolder) -> int:
+def _run_in_place(job: Job, config: NeoXConfig) -> int:
     # Set even where the shell started us with SIGINT ignored, as it does for background jobs.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, _exit_by_signal)
     prepare_environment(job, Place())
-    try:
-        execute(job, config, folder.config_file, Place())
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
+    if job.script is None:
+        execute(job, config, None, Place())
+        return 0
+    with tempfile.NamedTemporaryFile("w", prefix="neox-config-", suffix=".json") as file:
+        file.write(config.encode())
+        file.flush()
+        execute(job, config, Path(file.name), Place())
     return 0
 
 

@@ -5,7 +5,7 @@
     leash              a named pipe that the launcher holds open as long as it lives
     rank_N.started     {pid, host}, once rank N is up
     rank_N.ended       {status, error, message, time}, when rank N is done or has failed
-    rank_N.log         what rank N > 0 printed
+    rank_N.log         what rank N > 0 printed; in log_dir instead, and kept, when that is set
 
 Each file is whole or absent. Nothing of a configuration appears on a command line.
 """
@@ -21,6 +21,7 @@ import socket
 import tempfile
 import threading
 import time
+from functools import cached_property
 from pathlib import Path
 
 from neox.atomic import write_text
@@ -42,6 +43,7 @@ class Job:
     master_addr: str
     master_port: int
     host: str  # where the launcher is
+    log_dir: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,8 +86,9 @@ class RunFolder:
         return self.path / "config.json"
 
     def log(self, rank: int) -> Path:
-        return self.path / f"rank_{rank}.log"
+        return Path(self.job.log_dir or self.path) / f"rank_{rank}.log"
 
+    @cached_property
     def job(self) -> Job:
         return Job(**json.loads((self.path / "job.json").read_text()))
 

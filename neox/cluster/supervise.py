@@ -99,9 +99,8 @@ class _Watch:
         self.world_size = world_size
         self.poll = select.poll()
         self.ranks: dict[int, int] = {}  # process file descriptor -> rank, while it runs
-        self.gone: set[int] = set()  # ranks that have been seen to end
-        # Ranks that ended without a word, or badly after a good one, in order of time, and how.
-        self.died: list[tuple[int, int | None]] = []
+        self.gone: dict[int, int | None] = {}  # ranks that have been seen to end, and how
+        self.died: list[int] = []  # those that did so without a word, or badly after a good one
 
     def wait(self, stop: list[int]) -> Outcome:
         deadline = None
@@ -114,10 +113,10 @@ class _Watch:
                 deadline = deadline or time.monotonic() + SETTLE_S
                 if launcher_is_gone or time.monotonic() > deadline:
                     return self._failure()
-            elif self._all_done():
-                return Outcome(0)
             elif launcher_is_gone:
                 return self._after_launcher()
+            elif self._all_done():
+                return Outcome(0)
 
     def _look(self, timeout: float) -> None:
         """Wait up to `timeout` seconds for a rank to end; notice those that are new."""
@@ -139,21 +138,20 @@ class _Watch:
             self._ended(self.ranks.pop(process))
 
     def _ended(self, rank: int) -> None:
-        self.gone.add(rank)
-        status = _zombie_status(self.folder.starts()[rank].pid)
+        status = self.gone[rank] = _zombie_status(self.folder.starts()[rank].pid)
         end = self.folder.ends().get(rank)
         if end is None or (end.status == 0 and status):
-            self.died.append((rank, status))
+            self.died.append(rank)
 
     def _all_done(self) -> bool:
-        """Every rank has said so and left; the launcher looks only once a second."""
-        return len(self.gone) == self.world_size == len(self.folder.ends())
+        """Every rank has said so and left; the launcher would notice within a second or two."""
+        return [0] * self.world_size == list(self.gone.values())
 
     def _failure(self) -> Outcome:
         """A silent death comes first, since the others' errors follow from it; then a user's error,
         from the lowest rank that has it; then the earliest traceback."""
         if self.died:
-            return self._death(*self.died[0])
+            return self._death(self.died[0])
         ends = {rank: end for rank, end in self.folder.ends().items() if end.status != 0}
         for rank in sorted(ends):
             if ends[rank].error:
@@ -165,8 +163,8 @@ class _Watch:
             report = f"error: rank {rank} left with status {ends[rank].status}"
         return Outcome(ends[rank].status, report)
 
-    def _death(self, rank: int, status: int | None) -> Outcome:
-        pid = self.folder.starts()[rank].pid
+    def _death(self, rank: int) -> Outcome:
+        pid, status = self.folder.starts()[rank].pid, self.gone[rank]
         if status is None:  # its parent has taken the status, and passes it on
             with contextlib.suppress(subprocess.TimeoutExpired):
                 status = self.launcher.wait(GRACE_S)
@@ -204,7 +202,7 @@ def _explain_status(status: int | None) -> tuple[int, str]:
     if status is not None and status >= 192:
         status -= 256
     if status is None or status >= 0:
-        return status or 1, f"ended without a word (status {status})"
+        return status or 1, f"ended with status {status}, without saying why"
     try:
         name = f"signal {-status} ({signal.Signals(-status).name})"
     except ValueError:

@@ -31,7 +31,7 @@ def main() -> None:
     """Run this rank's share; leave a record of how it ended."""
     del sys.path[0]  # this file's folder: its modules are to be found in their package only
     folder = RunFolder(Path(sys.argv[1]))
-    job = folder.job()
+    job = folder.job
     place = _find_place()
     try:
         folder.write_start(place.rank)
@@ -66,7 +66,9 @@ def _find_place() -> Place:
 
 def _speak_into(log: Path) -> None:
     """Only rank 0 has the console; what the others print is kept for the case that they fail."""
-    null, file = os.open(os.devnull, os.O_RDONLY), os.open(log, os.O_WRONLY | os.O_CREAT, 0o600)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    null = os.open(os.devnull, os.O_RDONLY)
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     for source, target in ((null, 0), (file, 1), (file, 2)):
         os.dup2(source, target)
 

@@ -1,0 +1,164 @@
+"""What the supervisor makes of launchers and ranks that behave badly; small scripts play both."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from neox.cluster.run_folder import Job, RunFolder
+from neox.cluster.supervise import supervise
+from neox.config import from_dict
+
+# A launcher that looks after its one process once a second, as DeepSpeed's does. The process is a
+# rank and runs a test's body; `end(rank, status, ...)` are any rank's last words.
+LAUNCHER = """
+import os, signal, subprocess, sys, time
+from pathlib import Path
+from neox.cluster.run_folder import End, RunFolder
+
+folder = RunFolder(Path(sys.argv[1]))
+def end(rank, status, **words):
+    folder.write_end(rank, End(status, **words))
+supervisor = os.getppid()
+if os.fork():
+    while os.waitpid(-1, os.WNOHANG) == (0, 0):
+        time.sleep(1)
+    sys.exit()
+rank = int(sys.argv[2])
+folder.write_start(rank)
+"""
+
+
+@pytest.fixture
+def run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Callable[[str, int], tuple[int, str]]:
+    """run(body, world_size, rank) -> (exit status, what was printed as the reason)"""
+
+    def supervise_script(body: str, world_size: int = 1, rank: int = 0) -> tuple[int, str]:
+        config = from_dict(
+            {
+                "num_layers": 2,
+                "hidden_size": 32,
+                "num_attention_heads": 4,
+                "seq_length": 16,
+                "max_position_embeddings": 16,
+            }
+        )
+        job = Job("train", None, "cpu", world_size, "127.0.0.1", 29500, "here")
+        folder = RunFolder.create(job, config, parent=tmp_path)
+        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+        command = [sys.executable, "-c", LAUNCHER + body, str(folder.path), str(rank)]
+        status = supervise(command, environment, folder, world_size)
+        return status, capfd.readouterr().err
+
+    return supervise_script
+
+
+def test_success_is_every_ranks_word(run: Callable[..., tuple[int, str]]) -> None:
+    assert run("end(0, 0)") == (0, "")
+    status, reason = run("end(0, 0)", 3)
+    assert status == 1
+    assert reason.startswith("error: DeepSpeed's launcher ended with status 0")
+    assert reason.endswith("ranks not yet done: 1, 2\n")
+
+
+def test_a_good_word_followed_by_a_bad_end_is_a_failure(
+    run: Callable[..., tuple[int, str]],
+) -> None:
+    status, reason = run("end(0, 0); os.kill(os.getpid(), signal.SIGSEGV)")
+    assert status == 128 + signal.SIGSEGV
+    assert "rank 0" in reason and "was killed by signal 11 (SIGSEGV)" in reason
+
+
+def test_a_silent_death_outranks_the_errors_that_follow_from_it(
+    run: Callable[..., tuple[int, str]],
+) -> None:
+    status, reason = run("end(1, 1, message='connection closed'); os._exit(7)", 2)
+    assert status == 7
+    assert "rank 0" in reason and "ended with status 7" in reason and "closed" not in reason
+
+
+def test_the_lowest_ranks_error_is_shown_and_once(run: Callable[..., tuple[int, str]]) -> None:
+    body = """
+end(2, 2, error=True, message="two")
+end(1, 2, error=True, message="one")
+end(3, 1, message="Traceback")
+time.sleep(60)
+"""
+    assert run(body, 4) == (2, "error: one\n")
+
+
+def test_the_first_traceback_is_shown(run: Callable[..., tuple[int, str]]) -> None:
+    body = """
+end(1, 1, message="Traceback of the cause")
+end(0, 1, message="Traceback of the consequence")
+time.sleep(60)
+"""
+    assert run(body, 2) == (1, "rank 1 of 2 failed:\nTraceback of the cause\n")
+
+
+def test_what_leaves_the_session_is_ended_too(
+    run: Callable[..., tuple[int, str]], tmp_path: Path
+) -> None:
+    pid_file = tmp_path / "pid"
+    stray = f"import os, signal, time; open({str(pid_file)!r}, 'w').write(str(os.getpid()))"
+    stray += "; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
+    body = f"""
+subprocess.Popen([sys.executable, "-c", {stray!r}], start_new_session=True)
+while not os.path.exists({str(pid_file)!r}) or not os.path.getsize({str(pid_file)!r}):
+    time.sleep(0.01)
+end(0, 3)
+time.sleep(60)
+"""
+    status, reason = run(body)
+    assert (status, reason) == (3, "error: rank 0 left with status 3\n")
+    stat = Path(f"/proc/{pid_file.read_text()}/stat")
+    assert not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z"
+
+
+def test_a_deaf_job_is_stopped_all_the_same(run: Callable[..., tuple[int, str]]) -> None:
+    body = """
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    signal.signal(number, signal.SIG_IGN)
+os.kill(supervisor, signal.SIGHUP)
+time.sleep(60)
+"""
+    started = time.monotonic()
+    status, reason = run(body)
+    assert (status, reason) == (128 + signal.SIGHUP, "stopped by SIGHUP\n")
+    assert time.monotonic() - started < 20
+
+
+def test_ranks_get_time_to_act_on_a_request_to_stop(
+    run: Callable[..., tuple[int, str]], tmp_path: Path
+) -> None:
+    saved = tmp_path / "saved"
+    body = f"""
+try:
+    os.kill(supervisor, signal.SIGINT)
+    time.sleep(60)
+except KeyboardInterrupt:
+    time.sleep(0.3)
+    Path({str(saved)!r}).touch()
+"""
+    status, _ = run(body)
+    assert status == 130 and saved.exists()
+
+
+def test_the_end_of_a_killed_rank_is_shown_with_its_last_output(
+    run: Callable[..., tuple[int, str]],
+) -> None:
+    body = """
+folder.log(1).write_text("".join(f"line {i}\\n" for i in range(100)))
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    status, reason = run(body, 2, rank=1)
+    lines = reason.splitlines()
+    assert status == 137
+    assert lines[-2] == "line 99" and "line 0" not in lines
+    assert lines[-1].startswith("error: rank 1 (pid ")
