@@ -48,7 +48,7 @@ def generate(
     new = sequence
     cache = None if recompute else model.new_cache(1, len(prompt) + maximum_tokens)
     for _ in range(maximum_tokens):
-        logits_BSV = model(torch.tensor([new], device=model.device), cache)
+        logits_BSV = model(torch.tensor([new], device=model.device), cache, last_only=True)
         token_B = torch.zeros(1, dtype=torch.int64, device=model.device)
         logits_V = None
         if logits_BSV is not None:

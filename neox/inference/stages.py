@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from neox.config import ModelConfig
 from neox.inference.cache import KVCache
 from neox.model.block import TransformerLayer
-from neox.model.gpt import Embedding, Layer
+from neox.model.gpt import Embedding, FinalNorm, Layer
 from neox.parallel.groups import ProcessGroups
 from neox.parallel.layers import gather_from_tensor_parallel
 
@@ -65,10 +65,14 @@ class InferenceModel:
         )
 
     @torch.inference_mode()
-    def __call__(self, tokens_BS: Tensor, cache: KVCache | None = None) -> Tensor | None:
+    def __call__(
+        self, tokens_BS: Tensor, cache: KVCache | None = None, *, last_only: bool = False
+    ) -> Tensor | None:
         """Logits [B, S, V] in float32 over the padded vocabulary on the last stage, else None.
 
-        With a cache, the tokens continue at position cache.length and are added to it.
+        With a cache, the tokens continue at position cache.length and are added to it. With
+        `last_only` the logits are those of the last position, [B, 1, V]: all that decoding needs
+        of a prompt, whose whole logits would be S * V * 4 bytes a row.
         """
         x = tokens_BS.to(self.device)
         if not self.groups.is_first_stage:
@@ -81,6 +85,8 @@ class InferenceModel:
                 blocks += 1
             elif isinstance(module, Embedding) and layer.forward is None:
                 x = module(x, start)
+            elif isinstance(module, FinalNorm) and last_only:
+                x = module(x[:, -1:])
             else:
                 x = layer.forward(module, x) if layer.forward else module(x)
         if cache is not None:

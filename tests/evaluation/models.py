@@ -71,12 +71,16 @@ class Stateless:
     def logits(self, tokens_BS: Tensor) -> Tensor:
         raise NotImplementedError
 
-    def __call__(self, tokens_BS: Tensor, cache: list[Tensor] | None = None) -> Tensor:
+    def __call__(
+        self, tokens_BS: Tensor, cache: list[Tensor] | None = None, *, last_only: bool = False
+    ) -> Tensor:
         self.rows += tokens_BS.tolist()
         if cache is None:
-            return self.logits(tokens_BS)
-        cache.append(tokens_BS)
-        return self.logits(torch.cat(cache, dim=1))[:, -tokens_BS.size(1) :]
+            logits_BSV = self.logits(tokens_BS)
+        else:
+            cache.append(tokens_BS)
+            logits_BSV = self.logits(torch.cat(cache, dim=1))[:, -tokens_BS.size(1) :]
+        return logits_BSV[:, -1:] if last_only else logits_BSV
 
     def new_cache(self, batch_size: int, max_length: int) -> list[Tensor]:
         return []

@@ -87,7 +87,9 @@ class FakeModel:
     def new_cache(self, batch_size: int, max_length: int) -> KVCache:
         return KVCache(1, batch_size, 1, max_length, 1, torch.float32, "cpu")
 
-    def __call__(self, tokens_BS: Tensor, cache: KVCache | None = None) -> Tensor:
+    def __call__(
+        self, tokens_BS: Tensor, cache: KVCache | None = None, *, last_only: bool = False
+    ) -> Tensor:
         self.shapes.append(tuple(tokens_BS.shape))
         assert tokens_BS.dtype == torch.int64 and tokens_BS.size(0) == 1
         history = tokens_BS[0].tolist()
@@ -98,7 +100,8 @@ class FakeModel:
             history = cache.layer(0).append(keys, keys)[0].flatten().int().tolist()
             cache.advance(tokens_BS.size(1))
         ends = range(start + 1, len(history) + 1)
-        return torch.stack([self._logits(history[:end]) for end in ends])[None]
+        logits_BSV = torch.stack([self._logits(history[:end]) for end in ends])[None]
+        return logits_BSV[:, -1:] if last_only else logits_BSV
 
     def broadcast(self, tensor: Tensor) -> Tensor:
         return tensor

@@ -71,3 +71,12 @@ def test_a_vocabulary_that_tp_does_not_divide(
 def test_without_a_checkpoint() -> None:
     with pytest.raises(CheckpointError, match="load is not set"):
         load_model(config_of(), SINGLE)
+
+
+def test_the_last_logits_alone_are_the_last_of_all(saved: tuple[dict, Path]) -> None:
+    values, folder = saved
+    model = load_model(config_of(load=str(folder), **values), SINGLE)
+    whole, last = model(TOKENS), model(TOKENS, last_only=True)
+    assert whole is not None and last is not None
+    assert last.shape == (1, 1, VOCAB)
+    assert_close(last, whole[:, -1:], atol=1e-6, rtol=1e-6)
