@@ -15,7 +15,7 @@ from neox.atomic import write_text  # noqa: E402
 from neox.config.blocks import OPTIMIZER_PARAMS  # noqa: E402
 from neox.config.config import SECTIONS  # noqa: E402
 from neox.config.fields import Key, keys_of  # noqa: E402
-from neox.config.values import describe_type, listed  # noqa: E402
+from neox.config.values import describe_type, listed, plain  # noqa: E402
 
 PAGE = REPOSITORY / "docs" / "configuration.md"
 STATUS = {
@@ -98,9 +98,9 @@ def _meaning(spec: Key) -> str:
 
 
 def _bounds(spec: Key) -> str:
-    low = f"{spec.low:g} or more" if spec.low is not None else ""
-    low = f"more than {spec.above:g}" if spec.above is not None else low
-    high = f"at most {spec.high:g}" if spec.high is not None else ""
+    low = f"{plain(spec.low)} or more" if spec.low is not None else ""
+    low = f"more than {plain(spec.above)}" if spec.above is not None else low
+    high = f"at most {plain(spec.high)}" if spec.high is not None else ""
     return f" ({', '.join(filter(None, [low, high]))})" if low or high else ""
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,11 +95,12 @@ class NeoXConfig(
         return cls(**values)
 
     def describe(self) -> str:
-        """A table of every key, its value and its origin: first what was given, then the rest."""
+        """A table of every value and its origin: first what was given, then the rest."""
         rows = [
-            (name, show(getattr(self, name)), self.origin(name))
+            row
             for name in keys_of(NeoXConfig)
             if name != "config_files"
+            for row in self._rows(name, getattr(self, name), self.origin(name))
         ]
         last = ("derived", "default")
         rows.sort(key=lambda row: last.index(row[2]) if row[2] in last else -1)
@@ -107,3 +108,12 @@ class NeoXConfig(
         return "\n".join(
             f"{name:<{widths[0]}}  {value:<{widths[1]}}  {origin}" for name, value, origin in rows
         )
+
+    def _rows(self, path: str, value: Any, origin: str) -> Iterator[tuple[str, str, str]]:
+        """A value as one row, a block as a row for each of its values."""
+        if not isinstance(value, dict) or not value:
+            yield path, show(value), origin
+            return
+        for name, inner in value.items():
+            inside = f"{path}.{name}"
+            yield from self._rows(inside, inner, self.origins.get(inside, origin))

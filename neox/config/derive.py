@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
+from neox.config.accept import accept_block
 from neox.config.arithmetic import multiples_around
 from neox.config.batch import implied_replicas, settle_batch
 from neox.config.blocks import OPTIMIZER_PARAMS
@@ -49,47 +47,49 @@ def settle_precision(draft: Draft) -> None:
         )
 
 
-def settle_optimizer(draft: Draft, accept_block: Callable[..., Any]) -> None:
-    """`optimizer_type` and `lr` from the optimizer block; `zero_stage` from its own.
-
-    `accept_block(draft, path, block, values)` checks the parameters against the type's list.
-    """
+def settle_optimizer(draft: Draft) -> None:
+    """`optimizer_type` and `lr` from the optimizer block; `zero_stage` from its own."""
     if "zero_optimization" not in draft.bad:
         zero = draft.values.get("zero_optimization") or {}
         draft.settle("zero_stage", zero.get("stage") or 0)
     if draft.bad & {"optimizer", "optimizer_type"}:
         return
     block = draft.values.get("optimizer") or {}
-    kind = block.get("type")
-    if kind is not None:
-        name = kind.lower()
-        if name not in _OPTIMIZERS:
-            draft.problem(
-                "optimizer.type",
-                f"optimizer.type is {show(kind)}, which is not supported. Use Adam or SGD.",
-            )
-            return
-        other = draft.values.get("optimizer_type")
-        if other not in (None, _OPTIMIZERS[name]):
-            draft.problem(
-                "optimizer_type",
-                f"optimizer_type is {show(other)}, but optimizer.type is {show(kind)}. "
-                "Drop optimizer_type.",
-            )
-            return
-        draft.settle("optimizer_type", _OPTIMIZERS[name])
-    kind = draft.values.get("optimizer_type") or "adam"
-    if block.get("params"):
-        params = accept_block(draft, "optimizer.params", OPTIMIZER_PARAMS[kind], block["params"])
-        draft.values["optimizer"] = block | {"params": params}
-        _check_betas(draft, params)
-        if params.get("lr") is not None:
-            draft.settle("lr", params["lr"])
-            draft.origins["lr"] = draft.origin("optimizer.params.lr")
+    kind = _optimizer_type(draft, block.get("type"))
+    if kind is None or not block.get("params"):
+        return
+    params = accept_block(draft, "optimizer.params", OPTIMIZER_PARAMS[kind], block["params"])
+    draft.values["optimizer"] = block | {"params": params}
+    _check_betas(draft, params.get("betas"))
+    if params.get("lr") is not None:
+        draft.settle("lr", params["lr"])
+        draft.origins["lr"] = draft.origin("optimizer.params.lr")
 
 
-def _check_betas(draft: Draft, params: dict[str, Any]) -> None:
-    betas = params.get("betas")
+def _optimizer_type(draft: Draft, named: str | None) -> str | None:
+    """What `optimizer.type` and `optimizer_type` say together; None when that is wrong."""
+    other = draft.values.get("optimizer_type")
+    if named is None:
+        return other or "adam"
+    kind = _OPTIMIZERS.get(named.lower())
+    if kind is None:
+        draft.problem(
+            "optimizer.type",
+            f"optimizer.type is {show(named)}, which is not supported. Use Adam or SGD.",
+        )
+    elif other not in (None, kind):
+        draft.problem(
+            "optimizer_type",
+            f"optimizer_type is {show(other)}, but optimizer.type is {show(named)}. "
+            "Drop optimizer_type.",
+        )
+    else:
+        draft.settle("optimizer_type", kind)
+        return kind
+    return None
+
+
+def _check_betas(draft: Draft, betas: list[float] | None) -> None:
     if betas is not None and (len(betas) != 2 or not all(0 <= beta < 1 for beta in betas)):
         draft.problem(
             "optimizer.params.betas",

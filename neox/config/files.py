@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
 from pathlib import Path
 
+from neox.config.checks import Findings
 from neox.config.config import NeoXConfig
 from neox.config.draft import Problem
 from neox.config.values import listed, show
@@ -16,21 +16,40 @@ _NO_VOCAB_FILE = ("CharLevelTokenizer", "TiktokenTokenizer")  # tiktoken's names
 
 def check_files(config: NeoXConfig, purpose: str) -> list[Problem]:
     """What is missing for `purpose` ("train", "generate" or "evaluate") on this machine."""
-    found = list(_tokenizer(config))
-    if purpose == "train":
-        found += _data(config)
-        for key in ("save", "log_dir", "tensorboard_dir"):
-            found += _folder(key, getattr(config, key))
-    if config.load is not None:
-        found += _checkpoint(config, purpose)
-    if purpose == "generate" and config.text_gen_type == "input-file" and config.sample_input_file:
-        found += _file("sample_input_file", config.sample_input_file)
-    if purpose == "evaluate" and config.eval_data_dir is not None:
-        found += _folder("eval_data_dir", config.eval_data_dir, must_exist=True)
-    return [Problem(message, config.origin(key), key) for key, message in found]
+    problems = []
+    for look in (_tokenizer(config), _LOOKS[purpose](config), _checkpoint(config, purpose)):
+        try:
+            problems += [Problem(text, config.origin(key), key) for key, text in look]
+        except OSError as error:  # a name that is too long, a folder that may not be entered
+            problems.append(Problem(f"{error.filename} cannot be read: {error.strerror}."))
+    return problems
 
 
-def _tokenizer(config: NeoXConfig) -> Iterator[tuple[str, str]]:
+def _for_training(config: NeoXConfig) -> Findings:
+    if config.data_path is not None:
+        yield from _dataset("data_path", f"data_path is {show(config.data_path)}", config.data_path)
+    for split in ("train", "valid", "test"):
+        key = f"{split}_data_paths"
+        for path in dict.fromkeys(getattr(config, key) or []):
+            yield from _dataset(key, f"{key} holds {show(path)}", path)
+    for key in ("save", "log_dir", "tensorboard_dir"):
+        yield from _folder(key, getattr(config, key))
+
+
+def _for_generation(config: NeoXConfig) -> Findings:
+    if config.text_gen_type == "input-file" and config.sample_input_file is not None:
+        yield from _file("sample_input_file", config.sample_input_file)
+
+
+def _for_evaluation(config: NeoXConfig) -> Findings:
+    if config.eval_data_dir is not None:
+        yield from _folder("eval_data_dir", config.eval_data_dir, must_exist=True)
+
+
+_LOOKS = {"train": _for_training, "generate": _for_generation, "evaluate": _for_evaluation}
+
+
+def _tokenizer(config: NeoXConfig) -> Findings:
     if config.tokenizer_type in _NO_VOCAB_FILE:
         return
     folder_will_do = config.tokenizer_type == "HFGPT2Tokenizer"
@@ -40,15 +59,15 @@ def _tokenizer(config: NeoXConfig) -> Iterator[tuple[str, str]]:
         yield from _file("merge_file", config.merge_file)
 
 
-def _file(key: str, value: str) -> Iterator[tuple[str, str]]:
+def _file(key: str, value: str) -> Findings:
     path = Path(value)
     if path.is_dir():
-        yield key, f"{key} is {show(value)}, but that is a folder.{_contents(path)}"
+        yield key, f"{key} is {show(value)}, but that is a folder.{_inside(path)}"
     elif not path.exists():
         yield key, f"{key} is {show(value)}, but there is no such file.{_near(path)}"
 
 
-def _folder(key: str, value: str | None, *, must_exist: bool = False) -> Iterator[tuple[str, str]]:
+def _folder(key: str, value: str | None, *, must_exist: bool = False) -> Findings:
     path = Path(value or "")
     if path.exists() and not path.is_dir():
         yield key, f"{key} is {show(value)}, but that is a file. Name a folder."
@@ -56,16 +75,7 @@ def _folder(key: str, value: str | None, *, must_exist: bool = False) -> Iterato
         yield key, f"{key} is {show(value)}, but there is no such folder.{_near(path)}"
 
 
-def _data(config: NeoXConfig) -> Iterator[tuple[str, str]]:
-    if config.data_path is not None:
-        yield from _dataset("data_path", f"data_path is {show(config.data_path)}", config.data_path)
-    for split in ("train", "valid", "test"):
-        key = f"{split}_data_paths"
-        for path in dict.fromkeys(getattr(config, key) or []):
-            yield from _dataset(key, f"{key} holds {show(path)}", path)
-
-
-def _dataset(key: str, opening: str, prefix: str) -> Iterator[tuple[str, str]]:
+def _dataset(key: str, opening: str, prefix: str) -> Findings:
     files = [Path(f"{prefix}.bin"), Path(f"{prefix}.idx")]
     missing = [str(file) for file in files if not file.is_file()]
     if missing:
@@ -82,35 +92,45 @@ def _dataset_hint(prefix: str) -> str:
         return f"Did you mean {show(prefix + '_text_document')}?"
     folder = Path(prefix).parent
     if not folder.is_dir():
-        return f"There is no folder {folder}."
+        return f"There is no folder {_first_missing(folder)}."
     others = sorted(file.stem for file in folder.glob("*.bin"))
     where = "the current folder" if folder == Path() else str(folder)
     return f"In {where} there is {_some(others) if others else 'no dataset'}."
 
 
-def _checkpoint(config: NeoXConfig, purpose: str) -> Iterator[tuple[str, str]]:
+def _checkpoint(config: NeoXConfig, purpose: str) -> Findings:
     """A checkpoint must be there, except that training may begin without one."""
-    assert config.load is not None, "the caller looked"
+    if config.load is None:
+        return
     folder = Path(config.load)
     needed = purpose != "train" or config.finetune or config.iteration is not None
-    said = f"load is {show(config.load)}, but"
-    if not folder.is_dir():
-        if needed or folder.exists():
-            what = "that is not a folder" if folder.exists() else "there is no such folder"
-            yield "load", f"{said} {what}.{_near(folder)}"
-        return
+    if folder.exists() and not folder.is_dir():
+        yield "load", f"load is {show(config.load)}, but that is not a folder."
+    elif needed and not folder.exists():
+        yield "load", f"load is {show(config.load)}, but there is no such folder.{_near(folder)}"
+    elif config.iteration is not None:
+        step = f"global_step{config.iteration}"
+        if not (folder / step).is_dir():
+            said = f"iteration is {config.iteration}, but {folder} holds no {step}."
+            yield "iteration", f"{said}{_inside(folder)}"
+    elif needed:
+        yield from _latest(config.load, folder)
+
+
+def _latest(load: str, folder: Path) -> Findings:
+    """Without an iteration, the file `latest` names the step."""
+    said = f"load is {show(load)}, but"
+    pointer = folder / "latest"
     steps = _steps(folder)
-    if config.iteration is not None:
-        if not (folder / f"global_step{config.iteration}").is_dir():
+    if pointer.is_file():
+        step = pointer.read_text(errors="replace").strip()
+        if not (folder / step).is_dir():
             yield (
-                "iteration",
-                f"iteration is {config.iteration}, but {folder} holds no "
-                f"global_step{config.iteration}.{_has(folder, steps)}",
+                "load",
+                f"{said} its file `latest` names {show(step)}, which is not there."
+                f"{_inside(folder)}",
             )
-        return
-    if not needed or (folder / "latest").is_file():
-        return
-    if folder.name.startswith("global_step"):
+    elif folder.name.startswith("global_step"):
         step = folder.name.removeprefix("global_step")
         yield (
             "load",
@@ -120,11 +140,11 @@ def _checkpoint(config: NeoXConfig, purpose: str) -> Iterator[tuple[str, str]]:
     elif steps:
         yield (
             "load",
-            f"{said} it has no file `latest`.{_has(folder, steps)} Choose one with --iteration "
+            f"{said} it has no file `latest`.{_inside(folder)} Choose one with --iteration "
             f"{steps[-1].removeprefix('global_step')}.",
         )
     else:
-        yield "load", f"{said} it holds no checkpoint.{_contents(folder)}"
+        yield "load", f"{said} it holds no checkpoint.{_inside(folder)}"
 
 
 def _steps(folder: Path) -> list[str]:
@@ -136,12 +156,10 @@ def _steps(folder: Path) -> list[str]:
     return sorted(names, key=number)
 
 
-def _has(folder: Path, steps: list[str]) -> str:
-    return f" It holds {_some(steps)}." if steps else _contents(folder)
-
-
-def _contents(folder: Path) -> str:
-    names = sorted(path.name + "/" * path.is_dir() for path in folder.iterdir())
+def _inside(folder: Path) -> str:
+    """The steps that a folder holds, or whatever else it does."""
+    everything = sorted(path.name + "/" * path.is_dir() for path in folder.iterdir())
+    names = _steps(folder) or everything
     return f" It holds {_some(names)}." if names else " It is empty."
 
 
@@ -152,12 +170,15 @@ def _some(names: list[str]) -> str:
 
 
 def _near(path: Path) -> str:
-    """The nearest name in the same folder, or the part of the path that is missing."""
+    """The nearest name in the same folder, or the first folder of the path that is missing."""
     if path.parent.is_dir():
         names = [entry.name for entry in path.parent.iterdir()]
         near = difflib.get_close_matches(path.name, names, n=1, cutoff=0.7)
         return f" Did you mean {show(str(path.with_name(near[0])))}?" if near else ""
-    missing = path.parent
-    while not missing.parent.is_dir():
-        missing = missing.parent
-    return f" There is no folder {missing}."
+    return f" There is no folder {_first_missing(path.parent)}."
+
+
+def _first_missing(folder: Path) -> Path:
+    while not folder.parent.is_dir():
+        folder = folder.parent
+    return folder

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from neox.config import agreement, needs, source
+from neox.config.accept import accept_all, hoist_extra_args
 from neox.config.config import NeoXConfig
 from neox.config.derive import settle_optimizer, settle_precision, settle_prompts, settle_sizes
 from neox.config.draft import Draft, Problem
-from neox.config.fields import Key, keys_of
+from neox.config.fields import keys_of
 from neox.config.files import check_files as find_missing_files
-from neox.config.legacy import explain_unknown
-from neox.config.values import Misfit, fit, listed, show
+from neox.config.idle import idle_keys
+from neox.config.values import show
 from neox.errors import ConfigError
 
 Purpose = Literal["train", "generate", "evaluate"]
@@ -115,10 +116,9 @@ def _merge(draft: Draft, document: source.Source) -> None:
         message = f"{path} stands here and on line {first}. Keep one of them."
         draft.problems.append(Problem(message, f"{document.name}:{second}"))
     for name, value in document.values.items():
-        line = document.lines.get(name, 1)  # merged in with <<: the line of the mapping
         if name in draft.values:
             message = f"{name} is also given at {draft.origins[name]}. Keep one of them."
-            draft.problems.append(Problem(message, f"{document.name}:{line}"))
+            draft.problems.append(Problem(message, f"{document.name}:{document.lines[name]}"))
             continue
         draft.values[name] = value
         for path, at in document.lines.items():
@@ -147,123 +147,31 @@ def _override(draft: Draft, path: str, override: Override) -> None:
 
 def _settle(draft: Draft, purpose: Purpose | None, world_size: WorldSize) -> NeoXConfig:
     """Check every value, derive what follows, run the cross checks; problems stay in `draft`."""
-    keys = keys_of(NeoXConfig)
-    _hoist_extra_args(draft, keys)
-    for name in list(draft.values):
-        _accept_top(draft, name, keys)
-    _report_missing(draft, keys)
+    hoist_extra_args(draft)
+    accept_all(draft)
     settle_precision(draft)
-    settle_optimizer(draft, _accept_block)
+    settle_optimizer(draft)
     settle_prompts(draft)
     if callable(world_size):
         try:
-            world_size = world_size(_build(draft, keys))
+            world_size = world_size(_build(draft))
         except ConfigError as error:
             draft.problems.append(Problem(str(error)))
             draft.bad.add("world_size")
             world_size = None
     settle_sizes(draft, world_size, strict=purpose == "train")
-    config = _build(draft, keys)
+    config = _build(draft)
     for checks in (agreement.CHECKS, needs.CHECKS):
         for key, message in list(checks.run(config, purpose, draft.bad)):
             draft.problem(key, message)
+    for key, message in idle_keys(config):
+        draft.warn(key, message)
     return config
 
 
-def _build(draft: Draft, keys: Mapping[str, Key]) -> NeoXConfig:
+def _build(draft: Draft) -> NeoXConfig:
     """The configuration as far as it is known; required keys that are bad hold None."""
+    keys = keys_of(NeoXConfig)
     values: dict[str, Any] = {name: None for name, spec in keys.items() if spec.required}
     values |= {name: value for name, value in draft.values.items() if name in keys}
     return NeoXConfig(**values, config_files=dict(draft.texts), origins=dict(draft.origins))
-
-
-def _report_missing(draft: Draft, keys: Mapping[str, Key]) -> None:
-    missing = [
-        name
-        for name, spec in keys.items()
-        if spec.required and draft.values.get(name) is None and name not in draft.bad
-    ]
-    if len(missing) == 1:
-        (name,) = missing
-        draft.problem(name, f"{name} is missing. It is needed: {keys[name].doc}")
-    elif missing:
-        where = f" from {listed(draft.texts, 'and')}" if draft.texts else ""
-        message = f"{listed(missing, 'and')} are missing{where}."
-        draft.problem("", f"{message} Add a file that describes a model, such as configs/125M.yml.")
-        draft.bad.update(missing)
-
-
-def _hoist_extra_args(draft: Draft, keys: Mapping[str, Key]) -> None:
-    """A NeoX key inside deepspeed_extra_args means the same as outside; in both it is an error."""
-    extra = draft.values.get("deepspeed_extra_args")
-    if not isinstance(extra, dict):
-        return
-    for name, value in extra.items():
-        if name not in keys or name == "deepspeed_extra_args":
-            continue
-        inside = f"deepspeed_extra_args.{name}"
-        if name in draft.values:
-            draft.problem(
-                inside, f"{inside} is also given at {draft.origin(name)}. Keep one of them."
-            )
-            continue
-        draft.values[name] = value
-        for path in [p for p in draft.origins if p == inside or p.startswith(f"{inside}.")]:
-            draft.origins[path.removeprefix("deepspeed_extra_args.")] = draft.origins[path]
-    draft.values["deepspeed_extra_args"] = {k: v for k, v in extra.items() if k not in keys}
-
-
-def _accept_top(draft: Draft, name: str, keys: Mapping[str, Key]) -> None:
-    if name not in keys:
-        draft.problem(name, explain_unknown(name, list(keys), "", NeoXConfig))
-        del draft.values[name]
-        return
-    value = _accept(draft, name, draft.values[name], keys[name])
-    if value is not None:
-        draft.values[name] = value
-        return
-    del draft.values[name]
-    if name not in draft.bad and not keys[name].required:
-        draft.origins.pop(name, None)  # null, or not believed: the default stands
-
-
-def _accept(draft: Draft, path: str, value: Any, spec: Key) -> Any:
-    """The value as the key takes it, or None when it is not set, not believed or wrong."""
-    if value is None:
-        return None
-    if spec.status == "derived":
-        draft.warn(path, f"{path} is {show(value)}, which is not read: {spec.reason}.")
-        return None
-    try:
-        value = fit(value, spec)
-    except Misfit as misfit:
-        draft.problem(path, f"{path} is {show(value)}, {misfit}")
-        return None
-    if spec.block is not None:
-        value = _accept_block(draft, path, spec.block, value)
-    if spec.status == "refused" and not _is_off(value, spec):
-        draft.problem(path, f"{path} is {show(value)}, which is refused: {spec.reason}.")
-        return None
-    if spec.status == "ignored" and not _is_off(value, spec):
-        draft.warn(path, f"{path} is {show(value)}, which does nothing: {spec.reason}.")
-    return value
-
-
-def _accept_block(draft: Draft, path: str, block: type, values: dict[str, Any]) -> dict[str, Any]:
-    keys = keys_of(block)
-    accepted = {}
-    for name, value in values.items():
-        if name in keys:
-            accepted[name] = _accept(draft, f"{path}.{name}", value, keys[name])
-        else:
-            draft.problem(f"{path}.{name}", explain_unknown(name, list(keys), path, NeoXConfig))
-    return accepted
-
-
-def _is_off(value: Any, spec: Key) -> bool:
-    """Whether a value asks for nothing beyond the default."""
-    if value == spec.default:
-        return True
-    if isinstance(value, dict) and value.get("enabled") is False:
-        return True
-    return spec.default is None and value in (False, [], {}, "")

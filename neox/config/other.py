@@ -16,7 +16,9 @@ _SPLITS = "train_iters, eval_iters and split decide it"
 class OtherConfig:
     """What has no section of its own."""
 
-    seed: int = key(1234, "Seed of weights, data order, dropout and sampling.", low=0)
+    seed: int = key(
+        1234, "Seed of weights, data order, dropout and sampling.", low=0, high=2**32 - 1
+    )
     distributed_backend: Literal["nccl", "gloo"] = key(
         "nccl", "Communication between processes; without CUDA, nccl becomes gloo."
     )

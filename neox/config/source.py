@@ -88,16 +88,14 @@ def find(path: Path) -> Path:
     """The file a user means: as named, or with .yml, .yaml or .json behind it."""
     tried = [path]
     if path.suffix not in SUFFIXES:
-        tried += [path.with_name(path.name + suffix) for suffix in SUFFIXES]
+        tried += [Path(f"{path}{suffix}") for suffix in SUFFIXES]
     for candidate in tried:
-        if candidate.is_file():
+        if candidate.exists() and not candidate.is_dir():
             return candidate
     if path.is_dir():
         inside = sorted(p.name for p in path.iterdir() if p.suffix in SUFFIXES)
         hint = f" It holds {listed(inside[:8], 'and')}." if inside else ""
         raise ConfigError(f"{path} is a folder, not a configuration file.{hint}")
-    if path.exists():
-        raise ConfigError(f"{path} is not a regular file.")
     raise ConfigError(f"{path} does not exist.{_near_files(path, tried)}")
 
 
@@ -116,8 +114,8 @@ def _near_files(path: Path, tried: list[Path]) -> str:
 
 def read(path: Path) -> Source:
     """The values of one file. Raises ConfigError for a file that cannot be read at all."""
-    path = find(path)
     try:
+        path = find(path)
         data = path.read_bytes()
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}.") from None

@@ -27,6 +27,11 @@ def show(value: Any) -> str:
     return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 4]} ..."
 
 
+def plain(number: float) -> str:
+    """A bound as a user would write it: 1, 0.5, 4294967295."""
+    return str(int(number)) if number == int(number) else f"{number:g}"
+
+
 def listed(words: Iterable[Any], last: str = "or") -> str:
     """1, 2 or 3"""
     texts = [str(word) for word in words]
@@ -141,9 +146,11 @@ def _hint(value: Any, annotation: Any) -> str:
                 near = _same_type(value, choices) or nearest(value, choices)
                 return f" Did you mean {near}?" if near else ""
             if branch in (int, float):
-                for text in (value.strip(), value.strip().replace("_", "-")):
+                if _is_number(value, branch):
+                    return f" Write {value.strip()}, without quotes."
+                for text in (value.rstrip(", "), value.replace("_", "-")):
                     if _is_number(text, branch):
-                        return f" Write {text}, without quotes."
+                        return f" Did you mean {text}?"
             if branch is bool and value.lower() in ("true", "false", "yes", "no"):
                 return f" Write {value.lower()}, without quotes."
             if typing.get_origin(branch) is list:
@@ -179,12 +186,12 @@ def _check_bounds(value: float, spec: Key) -> None:
     if not math.isfinite(value):
         raise Misfit("but it must be a finite number.")
     if spec.low is not None and value < spec.low:
-        raise Misfit(f"but it must be {spec.low:g} or more{_at_most(spec)}.")
+        raise Misfit(f"but it must be {plain(spec.low)} or more{_at_most(spec)}.")
     if spec.above is not None and value <= spec.above:
-        raise Misfit(f"but it must be more than {spec.above:g}{_at_most(spec)}.")
+        raise Misfit(f"but it must be more than {plain(spec.above)}{_at_most(spec)}.")
     if spec.high is not None and value > spec.high:
-        raise Misfit(f"but it must be {spec.high:g} or less.")
+        raise Misfit(f"but it must be {plain(spec.high)} or less.")
 
 
 def _at_most(spec: Key) -> str:
-    return "" if spec.high is None else f" and at most {spec.high:g}"
+    return "" if spec.high is None else f" and at most {plain(spec.high)}"

@@ -151,6 +151,11 @@ CASES = [
         'a.yml:1: hidden_size is "wide", but it must be an integer.',
     ),
     Case(
+        "a comma from another style",
+        "hidden_size: 1024,",
+        'a.yml:1: hidden_size is "1024,", but it must be an integer. Did you mean 1024?',
+    ),
+    Case(
         "a number in quotes",
         'hidden_size: "1024"',
         'a.yml:1: hidden_size is "1024", but it must be an integer. Write 1024, without quotes.',
@@ -164,8 +169,7 @@ CASES = [
     Case(
         "an underscore for a minus",
         "optimizer: {params: {lr: 1.0e-3, eps: 1.0e_8}}",
-        'a.yml:1: optimizer.params.eps is "1.0e_8", but it must be a number. Write 1.0e-8, '
-        "without quotes.",
+        'a.yml:1: optimizer.params.eps is "1.0e_8", but it must be a number. Did you mean 1.0e-8?',
     ),
     Case(
         "a fraction where a whole number belongs",
@@ -534,12 +538,24 @@ CASES = [
         purpose="generate",
     ),
     Case(
+        "a pointer to a step that is gone",
+        "load: stale",
+        'a.yml:1: load is "stale", but its file `latest` names "global_step9", which is not there. '
+        "It holds latest.",
+        purpose="generate",
+    ),
+    Case(
         "an iteration that was not saved",
         "",
         "--iteration: iteration is 75, but checkpoints holds no global_step75. It holds "
         "global_step50 and global_step100.",
         purpose="generate",
         overrides=(("iteration", 75, "--iteration"),),
+    ),
+    Case(
+        "a name that is too long",
+        f"vocab_file: {'x' * 300}",
+        f"{'x' * 300} cannot be read: File name too long.",
     ),
     Case(
         "a missing file of prompts",
@@ -626,6 +642,8 @@ def run_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     make_files(tmp_path)
     for ending in ("bin", "idx"):
         (tmp_path / "data" / f"pile_text_document.{ending}").touch()
+    (tmp_path / "stale").mkdir()
+    (tmp_path / "stale" / "latest").write_text("global_step9\n")
     return tmp_path
 
 

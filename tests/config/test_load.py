@@ -378,6 +378,26 @@ def test_each_key_that_does_nothing_gets_one_warning(
     ]
 
 
+@pytest.mark.parametrize(
+    ("given", "warning"),
+    [
+        ({"gpt_j_tied": True}, "gpt_j_tied is true, which does nothing: only gpt_j_residual: true"),
+        ({"rotary_pct": 0.25}, "rotary_pct is 0.25, which does nothing: only pos_emb: rotary"),
+        ({"lr_decay_fraction": 0.5, "lr_decay_iters": 9}, "lr_decay_fraction is 0.5, which does"),
+        ({"gpt_j_tied": True, "gpt_j_residual": True}, ""),
+        ({"rotary_pct": 0.25, "pos_emb": "rotary"}, ""),
+        ({"lr_decay_fraction": 0.5}, ""),
+    ],
+)
+def test_keys_that_do_nothing_beside_others(
+    given: dict[str, Any], warning: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from_dict(MODEL | given)
+    printed = capsys.readouterr().err
+    assert warning in printed
+    assert bool(printed) == bool(warning)
+
+
 # ---- purposes and files
 
 
@@ -432,13 +452,17 @@ def test_round_trip(run_folder: Path) -> None:
 
 def test_describe(run_folder: Path) -> None:
     write(run_folder / "a.yml", "seed: 7")
-    lines = load_config([Path("a.yml")]).describe().splitlines()
+    overrides = {"optimizer.params.lr": Override(0.5, "--set")}
+    lines = load_config([Path("a.yml")], overrides).describe().splitlines()
     rows = [tuple(line.split("  ", 1)) for line in lines]
     names = [name for name, _ in rows]
     assert {"seed", "num_layers", "lr", "sample_output_file"} <= set(names)
     assert len(names) == len(set(names))
     (seed,) = [line for line in lines if line.startswith("seed ")]
     assert seed.split() == ["seed", "7", "a.yml:1"]
+    optimizer = [line.split() for line in lines if line.startswith("optimizer.")]
+    assert ["optimizer.type", '"Adam"', "a.yml:8"] in optimizer
+    assert ["optimizer.params.lr", "0.5", "--set"] in optimizer
     origins = [line.split()[-1] for line in lines]
     assert origins.index("derived") > origins.index("a.yml:1")
     assert set(origins[origins.index("default") :]) == {"default"}

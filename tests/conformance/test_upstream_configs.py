@@ -130,7 +130,7 @@ OUTCOMES = {
     "gmlp_small.yml": Outcome(
         problems=(
             'attention_config holds "gmlp", which is not supported',
-            'optimizer.params.eps is "1.0e_8", but it must be a number. Write 1.0e-8',
+            'optimizer.params.eps is "1.0e_8", but it must be a number. Did you mean 1.0e-8?',
         )
     ),
     "llama/7B.yml": LLAMA,
