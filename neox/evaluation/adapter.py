@@ -77,7 +77,8 @@ class NeoXLM(LM):
         self.bar.total += len(mine)
         texts = {}
         for i in mine:
-            texts[i] = self._continue(*requests[i].args, index=i)
+            context, options = requests[i].args
+            texts[i] = self._continue(context, options, index=i)
             self.bar.update()
         if groups.dp_group is not None:
             shares: list[dict[int, str]] = [{}] * groups.dp
@@ -129,8 +130,8 @@ class NeoXLM(LM):
         """
         askers: dict[tuple[int, ...], list[int]] = {}
         for i, (context, continuation) in enumerate(pairs):
-            row = (context + continuation)[-(self.max_length + 1) : -1]
-            askers.setdefault(tuple(row), []).append(i)
+            seen = (context + continuation)[-(self.max_length + 1) : -1]
+            askers.setdefault(tuple(seen), []).append(i)
         groups = self.model.groups
         rows = sorted(askers, key=len, reverse=True)[groups.dp_rank :: groups.dp]
         self.bar.total += len(rows)

@@ -42,10 +42,11 @@ def load_tasks(config: NeoXConfig) -> TaskDict:
     folder = Path(config.eval_data_dir) if config.eval_data_dir else None
     if folder is not None and not folder.is_dir():
         raise DataError(f"eval_data_dir: {folder} is not a folder")
-    local = {}
-    if folder is not None:
-        local = {task: data for task, read in READERS.items() if (data := read(folder))}
-    requested = [ALIASES.get(name, name) for name in config.eval_tasks or _default_tasks(local)]
+    requested = [ALIASES.get(name, name) for name in config.eval_tasks or READERS]
+    local = {} if folder is None else _read_local(folder, requested)
+    if not config.eval_tasks:
+        requested = list(local) or requested
+        log.info(f"no eval_tasks given: evaluating {', '.join(requested)}")
     if all(name in local for name in requested) or not _hub_is_reachable():
         # Read by the libraries when they are first imported, below.
         os.environ.update(dict.fromkeys(OFFLINE_SWITCHES, "1"))
@@ -88,10 +89,13 @@ def silenced() -> Iterator[None]:
         yield
 
 
-def _default_tasks(local: dict[str, LocalData]) -> list[str]:
-    names = list(local) or list(READERS)
-    log.info(f"no eval_tasks given: evaluating {', '.join(names)}")
-    return names
+def _read_local(folder: Path, requested: Sequence[str]) -> dict[str, LocalData]:
+    """The data of those requested tasks whose files are there."""
+    found = {}
+    for task, read in READERS.items():
+        if any(fnmatch.fnmatch(task, name) for name in requested) and (data := read(folder)):
+            found[task] = data
+    return found
 
 
 def _task_manager(whole: bool) -> TaskManager:

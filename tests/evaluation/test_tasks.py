@@ -72,6 +72,16 @@ def test_by_default_it_is_what_the_folder_has(tmp_path, capsys):
     assert list(load(eval_data_dir=str(tmp_path))) == ["lambada_openai"]
 
 
+def test_damage_matters_to_those_who_ask_for_the_task(tmp_path):
+    lambada = DEMO / "lambada" / "lambada_test.jsonl"
+    (tmp_path / lambada.name).write_bytes(lambada.read_bytes())
+    (tmp_path / "valid.jsonl").write_text("nonsense")
+    assert list(load(eval_data_dir=str(tmp_path), eval_tasks=["lambada"])) == ["lambada_openai"]
+    for asked in (None, ["piq[ab]"]):
+        with pytest.raises(DataError, match=r"valid.jsonl, line 1: not JSON"):
+            load(eval_data_dir=str(tmp_path), eval_tasks=asked)
+
+
 def test_the_console_gets_our_lines_only(capsys):
     load(eval_tasks=["piqa"])
     out, err = capsys.readouterr()
