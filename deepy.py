@@ -11,13 +11,15 @@ from pathlib import Path
 
 def find_libraries() -> None:
     """Continue under .venv's Python when this one lacks what `make install` puts there."""
-    if all(importlib.util.find_spec(name) for name in ("torch", "yaml")):
+    modern = sys.version_info >= (3, 11)
+    if modern and all(importlib.util.find_spec(name) for name in ("torch", "yaml")):
         return
     environment = Path(__file__).resolve().parent / ".venv"
     python = environment / "bin" / "python"
     if python.exists() and Path(sys.prefix).resolve() != environment:
         os.execv(python, [str(python), *sys.argv])
-    print("error: torch and PyYAML are not installed; run: make install", file=sys.stderr)
+    need = "Python 3.11 or later with torch and PyYAML"
+    print(f"error: {sys.executable} is not {need}; run: make install", file=sys.stderr)
     sys.exit(2)
 
 

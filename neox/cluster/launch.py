@@ -52,6 +52,10 @@ def make_plan(config: NeoXConfig) -> Plan:
         if config.force_multi or len(hosts) > 1 or not here.issuperset(hosts):
             return Plan(hosts, None, hostfile)
         (slots,) = hosts.values()
+    elif config.num_nodes > 1:
+        raise ConfigError(
+            f"num_nodes is {config.num_nodes}, but no hostfile names the hosts; give one with -H"
+        )
     devices = cuda_devices()
     if not devices:
         processes = config.num_gpus or config.tp * config.pp
@@ -84,7 +88,7 @@ def launch(entry_point: str | None, script: Path | None, config: NeoXConfig, pla
         log_dir=config.log_dir,
     )
     if plan.world_size == 1 and not several_hosts:
-        return _run_in_place(job, config)
+        return _run_in_place(job, config, plan)
     # The other hosts see the current folder, not this machine's /tmp.
     folder = RunFolder.create(job, config, parent=Path.cwd() if several_hosts else None)
     try:
@@ -100,10 +104,12 @@ def launch(entry_point: str | None, script: Path | None, config: NeoXConfig, pla
         folder.remove()
 
 
-def _run_in_place(job: Job, config: NeoXConfig) -> int:
+def _run_in_place(job: Job, config: NeoXConfig, plan: Plan) -> int:
     # Set even where the shell started us with SIGINT ignored, as it does for background jobs.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, _exit_by_signal)
+    if plan.device == "cuda":  # as DeepSpeed's launcher does for each of several
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(plan.hosts["localhost"][0])
     prepare_environment(job, Place())
     if job.script is None:
         execute(job, config, None, Place())

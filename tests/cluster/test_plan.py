@@ -47,6 +47,8 @@ def test_a_cpu_runs_as_many_processes_as_asked_for_else_as_one_model_needs() -> 
     grid = {"model_parallel_size": 2, "pipe_parallel_size": 2}
     assert make_plan(config(4, **grid)) == Plan({"localhost": [0, 1, 2, 3]}, "cpu")
     assert make_plan(config(8, num_gpus=8, **grid)).world_size == 8
+    with pytest.raises(ConfigError, match="num_nodes is 2, but no hostfile"):
+        make_plan(config(2, num_nodes=2))
 
 
 @pytest.mark.usefixtures("four_gpus")
