@@ -12,13 +12,13 @@ from typing import NoReturn
 
 import neox
 from neox.config import NeoXConfig, Override
-from neox.config.load import parse_set
+from neox.config.load import Purpose, parse_set
 from neox.config.source import SUFFIXES
 from neox.errors import ConfigError
 
 REPOSITORY = Path(neox.__file__).resolve().parents[1]
 DEFAULT_CONFIG = REPOSITORY / "configs" / "20B.yml"
-ENTRY_POINTS = {
+ENTRY_POINTS: dict[str, Purpose] = {
     "train.py": "train",
     "generate.py": "generate",
     "evaluate.py": "evaluate",
@@ -47,7 +47,7 @@ examples:
 class Arguments:
     """A command line, understood."""
 
-    entry_point: str | None  # a module of neox.entrypoints ...
+    entry_point: Purpose | None  # a module of neox.entrypoints ...
     script: Path | None  # ... or the user's own script
     conf_dir: Path | None = None  # what the files are relative to
     files: tuple[Path, ...] = ()
@@ -177,7 +177,7 @@ def _overrides(given: argparse.Namespace, tasks: list[str]) -> dict[str, Overrid
     return overrides
 
 
-def _user_script(name: str) -> tuple[str | None, Path | None]:
+def _user_script(name: str) -> tuple[Purpose | None, Path | None]:
     if name in ENTRY_POINTS:
         return ENTRY_POINTS[name], None
     path = Path(name)
