@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from neox import log
 from neox.atomic import write_text
 from neox.data.corpus import find_files, read_chunks
 from neox.errors import NeoXError
@@ -59,7 +60,7 @@ def train(documents: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer:
         vocab_size=vocab_size,
         special_tokens=[END_OF_DOCUMENT, PADDING],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=sys.stderr.isatty(),
+        show_progress=False,
     )
     tokenizer.train_from_iterator(documents, trainer)
     return tokenizer
@@ -67,9 +68,13 @@ def train(documents: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer:
 
 def texts(inputs: Sequence[str], key: str) -> Iterator[str]:
     """The text of every document, file by file. DataError where a file or a line is not good."""
-    for chunk in read_chunks(find_files(inputs)):
-        for _, (text,) in chunk.documents([key]):
-            yield text
+    files = find_files(inputs)
+    size = sum(file.stat().st_size for file in files)
+    with log.progress(total=size, desc="reading", unit="B") as bar:
+        for chunk in read_chunks(files):
+            for _, (text,) in chunk.documents([key]):
+                yield text
+            bar.update(chunk.bytes_read - bar.n)
 
 
 if __name__ == "__main__":
