@@ -44,9 +44,13 @@ def find_hostfile(config: NeoXConfig) -> Path | None:
     path = Path(named or "/job/hostfile")
     if path.is_file():
         return path
+    if config.hostfile:
+        raise ConfigError(
+            f"hostfile {path} ({config.origin('hostfile')}) is not a file; name another with -H, "
+            "or run on this machine alone with --set hostfile=null"
+        )
     if named:
-        origin = config.origin("hostfile") if config.hostfile else "DLTS_HOSTFILE"
-        raise ConfigError(f"hostfile {path} ({origin}) is not a file")
+        raise ConfigError(f"hostfile {path} (DLTS_HOSTFILE) is not a file; unset DLTS_HOSTFILE")
     return None
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from neox import log
 from neox.cluster.arguments import DEFAULT_CONFIG, Arguments, parse
 from neox.cluster.launch import launch, make_plan
-from neox.config import load_config
+from neox.config import NeoXConfig, load_config
 from neox.errors import NeoXError
 
 
@@ -34,7 +35,7 @@ def _run(arguments: Arguments) -> int:
         arguments.overrides,
         conf_dir=arguments.conf_dir,
         purpose=arguments.entry_point,
-        world_size=lambda config: make_plan(config).world_size,
+        world_size=_world_size_elsewhere if arguments.dry_run else _world_size,
         # Somebody may look here at what is to run elsewhere.
         check_files=not arguments.dry_run,
     )
@@ -42,3 +43,14 @@ def _run(arguments: Arguments) -> int:
         print(config.describe())
         return 0
     return launch(arguments.entry_point, arguments.script, config, make_plan(config))
+
+
+def _world_size(config: NeoXConfig) -> int:
+    return make_plan(config).world_size
+
+
+def _world_size_elsewhere(config: NeoXConfig) -> int | None:
+    """None, that is unknown, where the hostfile is on another machine."""
+    if config.hostfile and not Path(config.hostfile).is_file():
+        return None
+    return _world_size(config)

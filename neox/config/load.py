@@ -19,7 +19,7 @@ from neox.config.values import show
 from neox.errors import ConfigError
 
 Purpose = Literal["train", "generate", "evaluate"]
-WorldSize = int | Callable[[NeoXConfig], int] | None
+WorldSize = int | Callable[[NeoXConfig], int | None] | None
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,8 @@ def load_config(
 
     Keys of `overrides` may be dotted: "optimizer.params.lr". `purpose` adds what that entry point
     needs: data to train on, a checkpoint to generate from; with `check_files`, also that the files
-    exist. `world_size` is the number of processes, or a function that finds it from a
-    configuration whose sizes are not settled yet. Prints one warning for each key that does
+    exist. `world_size` is the number of processes, None if unknown, or a function that finds it
+    from a configuration whose sizes are not settled yet. Prints one warning for each key that does
     nothing. Raises ConfigError with everything that is wrong.
     """
     draft = Draft()

@@ -80,8 +80,11 @@ def test_the_hostfile_may_come_from_the_environment(
     plan = make_plan(config(4))
     assert plan == Plan({"a": [0, 1], "b": [0, 1]}, None, tmp_path / "hosts")
     assert plan.world_size == 4
-    with pytest.raises(ConfigError, match=r"missing .*is not a file"):
-        make_plan(config(hostfile=str(tmp_path / "missing")))
+    monkeypatch.setenv("DLTS_HOSTFILE", str(tmp_path / "missing"))
+    with pytest.raises(ConfigError, match=r"missing .*is not a file; unset DLTS_HOSTFILE"):
+        make_plan(config())
+    with pytest.raises(ConfigError, match=r"is not a file; .* --set hostfile=null"):
+        make_plan(config(hostfile=str(tmp_path / "absent")))
 
 
 @pytest.mark.parametrize(
