@@ -109,7 +109,7 @@ class ModelConfig:
         },
     )
     layernorm_epsilon: float = key(1e-05, "Added to the variance by layernorm.", above=0)
-    rms_norm_epsilon: float = key(1e-08, "Added to the mean square by rmsnorm.", above=0)
+    rms_norm_epsilon: float = key(1e-08, "Added to the root mean square by rmsnorm.", above=0)
     scalenorm_epsilon: float = refused(
         1e-08, "Smallest norm of scalenorm.", "norm: scalenorm is not supported"
     )
@@ -237,6 +237,11 @@ class ModelConfig:
     def kv_heads(self) -> int:
         """Heads of the keys and values: `num_kv_heads`, or one for every query head."""
         return self.num_kv_heads or self.num_attention_heads
+
+    @property
+    def shares_norm(self) -> bool:
+        """Whether one norm feeds attention and MLP. The sequential residual always has two."""
+        return self.gpt_j_residual and self.gpt_j_tied
 
     @property
     def is_gated(self) -> bool:
