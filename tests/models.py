@@ -39,7 +39,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "neox": {},
     "sequential": {"gpt_j_residual": False},
     "one_norm": {"gpt_j_tied": True},
-    "sequential_one_norm": {"gpt_j_residual": False, "gpt_j_tied": True},
+    "sequential_ignores_tied_norm": {"gpt_j_residual": False, "gpt_j_tied": True},
     "tied": {"no_weight_tying": False},
     "learned": {"pos_emb": "learned"},
     "no_positions": {"pos_emb": "none"},

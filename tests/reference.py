@@ -37,7 +37,8 @@ def reference_logits(config, weights: dict[str, Tensor], tokens_BS: Tensor) -> T
 
 def _block(config, w, x):
     first = _norm(config, w, "input_layernorm", x)
-    second_name = "input_layernorm" if config.gpt_j_tied else "post_attention_layernorm"
+    shared = config.gpt_j_residual and config.gpt_j_tied
+    second_name = "input_layernorm" if shared else "post_attention_layernorm"
     if config.gpt_j_residual:
         second = _norm(config, w, second_name, x)
         return x + _attention(config, w, first) + _mlp(config, w, second)

@@ -43,7 +43,7 @@ class TransformerLayer(nn.Module):
             config, dtype, groups, rotary, streams, reduce_input_grad=reduce_input_grad
         )
         # GPT-NeoX-20B has two norms although both see the same input; gpt_j_tied shares the first.
-        self.post_attention_layernorm = None if config.gpt_j_tied else build_norm(config, dtype)
+        self.post_attention_layernorm = None if config.shares_norm else build_norm(config, dtype)
         self.mlp = MLP(config, dtype, groups, reduce_input_grad=reduce_input_grad)
 
     def forward(self, x_SBH: Tensor, cache: LayerCache | None = None) -> Tensor:
@@ -52,8 +52,8 @@ class TransformerLayer(nn.Module):
         return self._sequential(x_SBH, cache)
 
     def _sequential(self, x_SBH: Tensor, cache: LayerCache | None) -> Tensor:
-        attention, mlp = self.attention, self.mlp
-        second_norm = self.post_attention_layernorm or self.input_layernorm
+        attention, mlp, second_norm = self.attention, self.mlp, self.post_attention_layernorm
+        assert second_norm is not None
         context = attention(self.input_layernorm(x_SBH), cache)
         x_SBH = x_SBH + self._drop(attention.dense(context))
         return x_SBH + self._drop(mlp.linear2(mlp(second_norm(x_SBH))))

@@ -106,7 +106,7 @@ def transformer_layout(config: ModelConfig) -> LayerLayout:
     # by rows is a split by heads. Grouped queries are stacked as three blocks on each rank.
     qkv_blocks = (q_size, kv_size, kv_size) if kv_size != q_size else ()
     layout = _norm("input_layernorm", config)
-    if not config.gpt_j_tied:
+    if not config.shares_norm:
         layout |= _norm("post_attention_layernorm", config)
     layout |= _linear(
         "attention.query_key_value",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -35,7 +37,9 @@ class RMSNorm(nn.Module):
         return self.apply_with(x, self.scale)
 
     def apply_with(self, x: Tensor, scale: Tensor) -> Tensor:
-        rms = x.float().pow(2).mean(-1, keepdim=True).sqrt()
+        # The norm of a row of zeros has gradient 0 in torch; the root of its mean square has NaN.
+        norm = torch.linalg.vector_norm(x.float(), dim=-1, keepdim=True)
+        rms = norm / math.sqrt(x.shape[-1])
         return (x.float() / (rms + self.epsilon)).to(x.dtype) * scale
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from neox.model.norms import build_norm
 from neox.parallel.groups import ProcessGroups
 from tests.models import ARCHITECTURES, built, config_of, forward, random_weights, tokens
 from tests.reference import reference_logits
@@ -39,3 +40,13 @@ def test_equals_the_oracle(name: str) -> None:
                     rtol=1e-4,
                     msg=lambda text, at=f"{index}.{parameter_name}": f"{at}: {text}",
                 )
+
+
+@pytest.mark.parametrize("norm", ["layernorm", "rmsnorm"])
+def test_a_row_of_zeros_has_a_finite_gradient(norm: str) -> None:
+    layer = build_norm(config_of(norm=norm), torch.float32)
+    for parameter in layer.parameters():
+        torch.nn.init.ones_(parameter)
+    x = torch.zeros(1, 32, requires_grad=True)
+    layer(x).sum().backward()
+    assert x.grad is not None and x.grad.isfinite().all()
