@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -14,6 +15,21 @@ from neox.errors import CheckpointError
 from neox.parallel.groups import ProcessGroups
 
 _UNFINISHED = ".unfinished"
+
+
+def check_writable(directory: Path) -> None:
+    """Make `directory` and write in it, so that a run learns now and not hours later if it can't.
+
+    Not collective. Raises CheckpointError.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        raise CheckpointError(
+            f"save: checkpoints cannot be written to {directory}: {error.strerror or error}."
+        ) from error
 
 
 def write_checkpoint(
@@ -57,15 +73,20 @@ def write_checkpoint(
 
 
 def keep_last(directory: Path, count: int, groups: ProcessGroups) -> None:
-    """Delete all but the `count` newest checkpoints. Rank 0 deletes; not collective."""
+    """Delete all but `count` checkpoints: the one just written, and the highest steps besides it.
+
+    The one just written is not the highest where a run went back to an earlier step. Rank 0
+    deletes; not collective.
+    """
     if groups.rank != 0:
         return
+    latest = (directory / "latest").read_text(encoding="utf-8")
     steps = sorted(
-        (int(match[1]), path)
+        (path.name == latest, int(match[1]), path)
         for path in directory.iterdir()
         if (match := re.match(r"global_step(\d+)$", path.name))
     )
-    for _, path in steps[:-count]:
+    for *_, path in steps[:-count]:
         shutil.rmtree(path)
 
 

@@ -141,6 +141,12 @@ class Checkpoint:
         """This rank's tensors of one layer, by today's names, in the precision of the files."""
         assert layer.layout is not None
         index = 0 if layer.tied else layer.index
+        if layer.tied and layer.index != index and layer.index in self.shards:
+            raise CheckpointError(
+                f"{self.folder} holds {layer_file(self.folder, layer.index, 0).name}, an output "
+                "projection of its own, but the configuration ties it to the embedding. Set "
+                "no_weight_tying: true."
+            )
         if index not in self.shards:
             raise CheckpointError(
                 f"{self.folder} holds no {layer_file(self.folder, index, 0).name}. Its files are "
@@ -190,8 +196,8 @@ class Checkpoint:
                     for what, names in (("it lacks", missing), ("it also has", surplus))
                     if names
                 )
-                + ". Check norm, pos_emb, gpt_j_residual, gpt_j_tied, use_bias_in_attn_linear, "
-                "use_bias_in_mlp and no_weight_tying."
+                + ". Check num_layers, norm, pos_emb, gpt_j_residual, gpt_j_tied, "
+                "use_bias_in_attn_linear, use_bias_in_mlp and no_weight_tying."
             )
 
     def _check_shapes(
@@ -219,7 +225,18 @@ def save_layer(folder: Path, layer: Layer, module: nn.Module, groups: ProcessGro
         name: file_shard(parameter.detach(), layer.layout[name], groups.tp).cpu().clone()
         for name, parameter in module.named_parameters()
     }
-    torch.save(tensors, layer_file(folder, layer.index, groups.tp_rank))
+    save_file(tensors, layer_file(folder, layer.index, groups.tp_rank))
+
+
+def save_file(contents: object, path: Path) -> None:
+    """torch.save. OSError with the system's reason (a full disk) where torch hides it."""
+    with open(path, "wb") as file:
+        try:
+            torch.save(contents, file)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
 
 
 def _today(name: str) -> str:
@@ -230,12 +247,14 @@ def _today(name: str) -> str:
 
 def _load(path: Path) -> dict[str, Tensor]:
     try:
-        tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        # Files of before torch 1.6 are no zip archives, and cannot be mapped.
+        mmap = zipfile.is_zipfile(path)
+        tensors = torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path} was refused: it is damaged, or holds more than tensors, which could run code."
         ) from error
-    except (RuntimeError, EOFError, ValueError, zipfile.BadZipFile, OSError) as error:
+    except Exception as error:  # an unpickler can stumble over damage in any way
         raise CheckpointError(f"{path} cannot be read: {_first_line(error)}") from error
     if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
         raise CheckpointError(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from neox import log
+from neox.checkpoint.directory import check_writable
 from neox.config import NeoXConfig
 from neox.data.loaders import build_loaders
 from neox.engine.build import build_engine
@@ -23,6 +26,8 @@ def main(config: NeoXConfig, groups: ProcessGroups) -> None:
             "fp16 training needs a GPU: DeepSpeed has no float16 optimizer for the CPU. "
             "Use --set precision=bfloat16 or --set precision=fp32 here."
         )
+    if config.save is not None:
+        check_writable(Path(config.save))
     tokenizer = build_tokenizer(config)
     padded_vocab_size = pad_vocab_size(
         tokenizer.vocab_size, config.make_vocab_size_divisible_by, groups.tp

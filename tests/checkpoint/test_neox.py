@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import resource
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 
-from neox.checkpoint.directory import keep_last, write_checkpoint
+from neox.checkpoint.directory import check_writable, keep_last, write_checkpoint
 from neox.checkpoint.neox import Checkpoint, layer_file, save_layer
 from neox.errors import CheckpointError
 from neox.parallel.groups import ProcessGroups
@@ -22,8 +24,9 @@ def directory(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def write(directory: Path, iteration: int, seed: int = 0) -> None:
-    stage = built(config_of(), random_weights(config_of(), seed), SINGLE)
+def write(directory: Path, iteration: int, seed: int = 0, **values: object) -> None:
+    config = config_of(**values)
+    stage = built(config, random_weights(config, seed), SINGLE)
 
     def save(folder: Path) -> None:
         for layer, module in stage:
@@ -62,6 +65,15 @@ def test_names_and_buffers_of_the_20B_era_are_read(directory: Path) -> None:
     read = Checkpoint.open(directory).read(model_layers(config_of(), SINGLE)[2], SINGLE)
     assert read.keys() == tensors.keys()
     assert all(torch.equal(read[name], tensors[name]) for name in tensors)
+
+
+def test_files_of_before_torch_1_6_are_read(directory: Path) -> None:
+    for path in (directory / "global_step7").glob("layer_*"):
+        tensors = torch.load(path, weights_only=True)
+        torch.save(tensors, path, _use_new_zipfile_serialization=False)
+    read = Checkpoint.open(directory).read(model_layers(config_of(), SINGLE)[0], SINGLE)
+    weights = random_weights(config_of(), 7)
+    assert torch.equal(read["word_embeddings.weight"], weights["0.word_embeddings.weight"])
 
 
 def test_a_step_folder_may_be_given_itself(directory: Path) -> None:
@@ -124,6 +136,7 @@ def test_a_wrong_directory(tmp_path: Path, kind: str) -> None:
         ({"norm": "rmsnorm"}, "it lacks input_layernorm.scale"),
         ({"use_bias_in_mlp": False}, "it also has mlp.linear1.bias"),
         ({"pos_emb": "learned"}, "it lacks position_embeddings.weight"),
+        ({"no_weight_tying": False}, "layer_06.* output projection .* no_weight_tying: true"),
         ({"intermediate_size": 64}, r"is \[128, 32\] .* makes it \[64, 32\]"),
     ],
 )
@@ -163,6 +176,34 @@ def test_a_save_that_fails_leaves_the_last_one(directory: Path) -> None:
     assert not (directory / "global_step8").exists()
 
 
+def test_a_model_two_layers_short_is_told_to_check_num_layers(tmp_path: Path) -> None:
+    write(tmp_path, 1, num_layers=4)
+    with pytest.raises(CheckpointError, match=r"lacks norm\.bias, .* Check num_layers"):
+        read_all(Checkpoint.open(tmp_path), num_layers=2)
+
+
+def test_a_full_disk_is_told_as_the_system_tells_it(directory: Path) -> None:
+    _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, most))
+    try:
+        with pytest.raises(CheckpointError, match=r"iteration 8 .*: File too large\. Earlier"):
+            write(directory, 8)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+        signal.signal(signal.SIGXFSZ, before)
+    assert Checkpoint.open(directory).iteration == 7
+
+
+@pytest.mark.parametrize("below", [".", "further/down"])
+def test_a_save_folder_that_cannot_be_is_known_at_once(tmp_path: Path, below: str) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match=r"save: checkpoints cannot be written to .*file"):
+        check_writable(tmp_path / "file" / below)
+    check_writable(tmp_path / "new" / "folder")
+    assert list((tmp_path / "new" / "folder").iterdir()) == []
+
+
 def test_a_step_may_be_saved_again(directory: Path) -> None:
     write(directory, 7, seed=1)
     layer = model_layers(config_of(), SINGLE)[0]
@@ -178,3 +219,14 @@ def test_only_the_newest_are_kept(directory: Path) -> None:
         "global_step10",
         "global_step100",
     ]
+
+
+def test_the_one_just_written_is_kept_after_going_back_to_an_earlier_step(directory: Path) -> None:
+    for iteration in (9, 10, 8):
+        write(directory, iteration)
+    keep_last(directory, 2, SINGLE)
+    assert sorted(p.name for p in directory.glob("global_step*")) == [
+        "global_step10",
+        "global_step8",
+    ]
+    assert Checkpoint.open(directory).iteration == 8

@@ -125,8 +125,43 @@ def test_another_grid_cannot_take_the_optimizer_state_but_can_leave_it(
     train(world, folder, "run", exit_interval=2)
     with pytest.raises(CheckpointError, match=r"tp 2 x pp 2 x dp 1.*tp 1 x pp 2 x dp 1.*no_load"):
         train(world, folder, "run", Topology(pp=2))
+    with pytest.raises(CheckpointError, match=r"tp 2 x pp 2 x dp 1,.*dp 1 in bfloat16.*no_load"):
+        train(world, folder, "run", precision="bfloat16")
     rows = train(world, folder, "run", Topology(pp=2), no_load_optim=True, train_iters=3)
     assert list(rows) == [1, 2, 3]
+
+
+@pytest.mark.parametrize("name", ["zero_pp_rank_0_mp_rank_00_optim", "mp_rank_01_model"])
+def test_optimizer_files_that_are_missing_or_damaged_are_named(
+    world: World, folder: Path, name: str
+) -> None:
+    grid = Topology(pp=2)
+    train(world, folder, "run", grid, exit_interval=2)
+    path = folder / f"run/global_step2/{name}_states.pt"
+    contents = path.read_bytes()
+    for damaged in (contents[:-100], b""):
+        path.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=f"{name}.*cannot be read"):
+            train(world, folder, "run", grid)
+    path.unlink()
+    with pytest.raises(CheckpointError, match=rf"is incomplete: {name}_states\.pt is missing"):
+        train(world, folder, "run", grid)
+
+
+def test_checkpoints_without_latest_are_not_trained_over(world: World, folder: Path) -> None:
+    train(world, folder, "run", Topology(), exit_interval=2)
+    (folder / "run/latest").unlink()
+    with pytest.raises(CheckpointError, match=r"no `latest` file.* global_step2\. Use --iteration"):
+        train(world, folder, "run", Topology())
+    assert list(train(world, folder, "run", Topology(), iteration=2)) == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_save_folder_that_cannot_be_written_ends_the_run_before_it_starts(
+    world: World, folder: Path
+) -> None:
+    (folder / "run").touch()
+    with pytest.raises(CheckpointError, match="save: checkpoints cannot be written"):
+        train(world, folder, "run", Topology())
 
 
 def test_a_load_folder_that_is_not_this_runs_own_must_hold_a_checkpoint(
