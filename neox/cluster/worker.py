@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import sys
 import time
@@ -76,6 +77,8 @@ def _speak_into(log: Path) -> None:
 def _describe(error: BaseException) -> End:
     if isinstance(error, NeoXError):
         return End(2, error=True, message=str(error))
+    if isinstance(error, BrokenPipeError):
+        return End(128 + signal.SIGPIPE, error=True, message="standard output was closed")
     if isinstance(error, SystemExit):
         if error.code is None or isinstance(error.code, int):
             return End(error.code or 0)

@@ -11,7 +11,7 @@ from neox.config import NeoXConfig
 from neox.errors import CheckpointError
 from neox.evaluation import run
 from neox.evaluation.tasks import load_tasks
-from neox.inference.load import load_model
+from neox.inference.load import check_vocabulary, load_model
 from neox.parallel.groups import ProcessGroups
 from neox.tokenizer import build_tokenizer
 from neox.train.trackers import open_trackers
@@ -28,6 +28,7 @@ def main(config: NeoXConfig, groups: ProcessGroups) -> None:
     # The opened folder, for `latest` may name another one by now.
     pinned = dataclasses.replace(config, load=str(checkpoint.folder), iteration=None)
     model = load_model(pinned, groups)
+    check_vocabulary(model, tokenizer)
     results = run.evaluate(config, model, tokenizer, groups, tasks)
     results["checkpoint"] = {
         "folder": str(checkpoint.folder.resolve()),

@@ -12,6 +12,7 @@ from neox.inference.stages import InferenceModel
 from neox.model.gpt import layers, partition, torch_dtype
 from neox.model.layout import pad_vocab_size
 from neox.parallel.groups import ProcessGroups
+from neox.tokenizer import Tokenizer
 
 
 def load_model(config: NeoXConfig, groups: ProcessGroups) -> InferenceModel:
@@ -46,3 +47,13 @@ def load_model(config: NeoXConfig, groups: ProcessGroups) -> InferenceModel:
                 tied[layer.tied] = module
         stage.append((layer, module))
     return InferenceModel(config, groups, stage, padded_vocab_size, dtype)
+
+
+def check_vocabulary(model: InferenceModel, tokenizer: Tokenizer) -> None:
+    """Raises CheckpointError when the tokenizer has tokens that the model has no row for."""
+    if tokenizer.vocab_size > model.padded_vocab_size:
+        raise CheckpointError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens, but the checkpoint's vocabulary has "
+            f"{model.padded_vocab_size}: set tokenizer_type and vocab_file to the tokenizer that "
+            "the model was trained with"
+        )

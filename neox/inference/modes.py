@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import itertools
 import json
 import os
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,10 +93,14 @@ def _check_writable(path: Path) -> None:
     elif not os.access(path if path.exists() else path.parent, os.W_OK):
         reason = "permission denied"
     if reason is not None:
-        raise DataError(
-            f"cannot write the results to {path}: {reason}; name another file with -o FILE or "
-            "`sample_output_file`"
-        )
+        raise _cannot_write(path, reason)
+
+
+def _cannot_write(path: Path, reason: str | None) -> DataError:
+    return DataError(
+        f"cannot write the results to {path}: {reason}; name another file with -o FILE or "
+        "`sample_output_file`"
+    )
 
 
 def write_completions(
@@ -104,8 +110,21 @@ def write_completions(
 
     Each line is written as soon as it is there, so whatever stops the run, the finished results
     are in the file. Rank 0 writes. Replica r takes the prompts r, r + dp, r + 2 dp, ...
-    Collective over the world.
+    Collective over the world. Raises DataError when the file cannot be written, say on a full disk.
     """
+    try:
+        _write_completions(model, tokenizer, config, job)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise _cannot_write(job.output, error.strerror) from error
+    count = len(job.prompts)
+    log.info(f"{count} result{'s' if count > 1 else ''} in {job.output}")
+
+
+def _write_completions(
+    model: InferenceModel, tokenizer: Tokenizer, config: NeoXConfig, job: Job
+) -> None:
     groups = model.groups
     count, limit = len(job.prompts), config.maximum_tokens
     opened: Any = contextlib.nullcontext()
@@ -127,7 +146,6 @@ def write_completions(
                     log.warning(f"prompt {number}: {result['message'].removeprefix('WARNING: ')}")
             # What other replicas generated, and what ended early.
             bar.update(min(first + groups.dp, count) * limit - bar.n)
-    log.info(f"{count} result{'s' if count > 1 else ''} in {job.output}")
 
 
 def _gather(result: dict[str, Any] | None, groups: ProcessGroups) -> list[dict[str, Any]]:
@@ -146,6 +164,8 @@ def interactive(model: InferenceModel, tokenizer: Tokenizer, config: NeoXConfig)
     ends it. Collective over the world: extra replicas repeat the work.
     """
     groups = model.groups
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")  # a stray byte becomes U+FFFD and ends nothing
     with contextlib.suppress(KeyboardInterrupt):
         for index in itertools.count():
             text = _from_rank_0(lambda: _read_prompt(config.prompt_end), groups)
@@ -167,6 +187,8 @@ def interactive(model: InferenceModel, tokenizer: Tokenizer, config: NeoXConfig)
 
 def _read_prompt(prompt_end: str) -> str | None:
     """What is typed up to `prompt_end` or to the end of the input; None when nothing is left."""
+    if sys.stdin is None:  # closed by the shell's <&-
+        return None
     text = ""
     try:
         while prompt_end not in text:

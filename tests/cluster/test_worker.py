@@ -49,6 +49,7 @@ def test_every_launchers_variables_are_understood(
         (DataError("no data"), End(2, error=True, message="no data")),
         (SystemExit(), End(0)),
         (SystemExit(3), End(3)),
+        (BrokenPipeError(), End(141, error=True, message="standard output was closed")),
         (SystemExit("a message"), End(1, error=True, message="a message")),
     ],
 )

@@ -41,6 +41,21 @@ def test_a_dry_run_tells_each_values_origin(tmp_path: Path) -> None:
     assert rows["world_size"] == ["1", "derived"]
 
 
+def test_a_closed_pipe_ends_it_quietly(tmp_path: Path) -> None:
+    (tmp_path / "model.yml").write_text(MODEL)
+    read, write = os.pipe()
+    os.close(read)
+    run = subprocess.run(
+        [sys.executable, DEEPY, "generate.py", "model.yml", "--dry_run"],
+        cwd=tmp_path,
+        stdout=write,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    os.close(write)
+    assert (run.returncode, run.stderr) == (141, "")
+
+
 def test_a_dry_run_imports_no_torch(tmp_path: Path) -> None:
     (tmp_path / "model.yml").write_text(MODEL)
     command = ["deepy.py", "generate.py", str(tmp_path / "model.yml"), "--dry_run"]

@@ -12,11 +12,12 @@ from torch.testing import assert_close
 from neox.checkpoint.directory import write_checkpoint
 from neox.checkpoint.neox import save_layer
 from neox.errors import CheckpointError
-from neox.inference.load import load_model
+from neox.inference.load import check_vocabulary, load_model
 from neox.model.gpt import layers
 from neox.model.init import initialize as fill_weights
 from neox.parallel.groups import ProcessGroups, initialize
 from neox.parallel.topology import Topology
+from tests.inference.fakes import ByteTokenizer
 from tests.models import config_of
 from tests.world import World
 
@@ -71,6 +72,16 @@ def test_a_vocabulary_that_tp_does_not_divide(
 def test_without_a_checkpoint() -> None:
     with pytest.raises(CheckpointError, match="load is not set"):
         load_model(config_of(), SINGLE)
+
+
+def test_a_tokenizer_larger_than_the_vocabulary_is_refused(saved: tuple[dict, Path]) -> None:
+    values, folder = saved
+    model = load_model(config_of(load=str(folder), **values), SINGLE)
+    tokenizer = ByteTokenizer()
+    with pytest.raises(CheckpointError, match=r"tokenizer has 257 tokens, .* vocabulary has 61"):
+        check_vocabulary(model, tokenizer)
+    tokenizer.vocab_size = VOCAB
+    check_vocabulary(model, tokenizer)
 
 
 def test_the_last_logits_alone_are_the_last_of_all(saved: tuple[dict, Path]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -144,6 +145,14 @@ def test_a_place_that_cannot_be_written_is_refused_at_once(tmp_path, output, rea
         modes.prepare(settings, FakeModel(settings).groups)
 
 
+def test_a_full_disk_is_a_users_error(prompts):
+    settings = config(
+        text_gen_type="input-file", sample_input_file=str(prompts), sample_output_file="/dev/full"
+    )
+    with pytest.raises(DataError, match="cannot write the results to /dev/full: No space left"):
+        run(settings)
+
+
 def test_the_prompts_are_never_overwritten(prompts):
     settings = config(
         text_gen_type="input-file", sample_input_file=str(prompts), sample_output_file=str(prompts)
@@ -214,6 +223,14 @@ def test_prompts_of_several_lines_end_with_prompt_end(monkeypatch, capsys):
 @pytest.mark.parametrize("end", [EOFError, KeyboardInterrupt])
 def test_the_end_of_the_input_and_ctrl_c_end_it(monkeypatch, capsys, end):
     assert converse(monkeypatch, capsys, [end]) == "Context prompt >>> \n"
+
+
+def test_standard_input_may_hold_stray_bytes_or_be_closed(monkeypatch, capsys):
+    model = FakeModel(config(text_gen_type="interactive", maximum_tokens=2), mixed)
+    for stdin in (io.TextIOWrapper(io.BytesIO(b"na\xefve\n"), encoding="utf-8"), None):
+        monkeypatch.setattr("sys.stdin", stdin)
+        modes.interactive(model, ByteTokenizer(), model.config)
+    assert capsys.readouterr().out.count("Generated Text: ") == 1
 
 
 def test_ctrl_c_while_it_answers_ends_it(monkeypatch, capsys):
