@@ -58,14 +58,14 @@ def resolve(directory: Path, iteration: int | None) -> Path:
             raise CheckpointError(
                 f"load: {directory} has no `latest` file and no layer files; {_found(directory)}"
             )
-        name = latest.read_text(encoding="utf-8").strip()
+        name = latest.read_text(encoding="utf-8", errors="replace").strip()
     else:
         name = f"global_step{iteration}"
     folder = directory / name
-    if not folder.is_dir():
+    if not name or not folder.is_dir():
         wanted = "`latest` names" if iteration is None else f"iteration {iteration} asks for"
         raise CheckpointError(
-            f"load: {wanted} {name}, which is not in {directory}; {_found(directory)}"
+            f"load: {wanted} {name or 'nothing'}, which is not in {directory}; {_found(directory)}"
         )
     return folder
 
@@ -215,6 +215,15 @@ class Checkpoint:
                 f"(over {len(shards)} shards), but the configuration makes it {wanted}. Check "
                 "hidden_size, num_attention_heads, num_kv_heads and intermediate_size."
             )
+
+
+def check_tokens(tokens: int, rows: int) -> None:
+    """Raises CheckpointError when a tokenizer has more tokens than a checkpoint has rows."""
+    if tokens > rows:
+        raise CheckpointError(
+            f"the tokenizer has {tokens} tokens, but the checkpoint's vocabulary has {rows}: set "
+            "tokenizer_type and vocab_file to the tokenizer that the model was trained with"
+        )
 
 
 def save_layer(folder: Path, layer: Layer, module: nn.Module, groups: ProcessGroups) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from neox import log
 from neox.checkpoint.directory import check_writable
+from neox.checkpoint.neox import check_tokens
 from neox.config import NeoXConfig
 from neox.data.loaders import build_loaders
 from neox.engine.build import build_engine
@@ -40,6 +41,8 @@ def main(config: NeoXConfig, groups: ProcessGroups) -> None:
     if config.zero_stage == 0:
         log.info("zero_optimization: stage 0 runs as stage 1, the same arithmetic in less memory")
     start = find_start(config, groups)
+    if start.checkpoint is not None:
+        check_tokens(tokenizer.vocab_size, start.checkpoint.padded_vocab_size)
     loaders = build_loaders(
         config, groups, start.iteration, tokenizer.eod, vocab_size=tokenizer.vocab_size
     )

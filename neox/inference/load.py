@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from neox.checkpoint.neox import Checkpoint
+from neox.checkpoint.neox import Checkpoint, check_tokens
 from neox.config import NeoXConfig
 from neox.errors import CheckpointError
 from neox.inference.stages import InferenceModel
@@ -51,9 +51,4 @@ def load_model(config: NeoXConfig, groups: ProcessGroups) -> InferenceModel:
 
 def check_vocabulary(model: InferenceModel, tokenizer: Tokenizer) -> None:
     """Raises CheckpointError when the tokenizer has tokens that the model has no row for."""
-    if tokenizer.vocab_size > model.padded_vocab_size:
-        raise CheckpointError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens, but the checkpoint's vocabulary has "
-            f"{model.padded_vocab_size}: set tokenizer_type and vocab_file to the tokenizer that "
-            "the model was trained with"
-        )
+    check_tokens(tokenizer.vocab_size, model.padded_vocab_size)

@@ -91,6 +91,8 @@ def test_an_iteration_may_be_chosen(directory: Path) -> None:
     [
         (lambda d: (d / "latest").unlink(), "no `latest` file"),
         (lambda d: (d / "latest").write_text("global_step8"), "names global_step8, which is not"),
+        (lambda d: (d / "latest").write_text("\n"), "names nothing, .* it holds global_step7"),
+        (lambda d: (d / "latest").write_bytes(b"\xff\x00"), "it holds global_step7"),
         (lambda d: layer_file(d / "global_step7", 6, 0).unlink(), "holds no layer_06"),
         (lambda d: layer_file(d / "global_step7", 3, 0).write_bytes(b""), "layer_03"),
         (lambda d: layer_file(d / "global_step7", 3, 0).write_bytes(b"\x80garbage"), "layer_03"),
@@ -101,7 +103,18 @@ def test_an_iteration_may_be_chosen(directory: Path) -> None:
             "layer_00-model_01-model_states.pt, layer_02-model_01-model_states.pt",
         ),
     ],
-    ids=["latest", "dangling", "missing", "empty", "garbage", "short", "list", "odd_shard"],
+    ids=[
+        "latest",
+        "dangling",
+        "blank",
+        "binary",
+        "missing",
+        "empty",
+        "garbage",
+        "short",
+        "list",
+        "odd_shard",
+    ],
 )
 def test_damage_is_named(directory: Path, spoil, said: str) -> None:
     spoil(directory)

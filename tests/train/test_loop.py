@@ -148,6 +148,17 @@ def test_optimizer_files_that_are_missing_or_damaged_are_named(
         train(world, folder, "run", grid)
 
 
+def test_a_tokenizer_larger_than_the_checkpoints_vocabulary_is_refused(
+    world: World, folder: Path
+) -> None:
+    train(world, folder, "run", Topology(), exit_interval=2)
+    tokenizer = small_tokenizer.train()
+    tokenizer.add_tokens([f"<{i}>" for i in range(20)])
+    tokenizer.save(f"{folder}/tokenizer.json")
+    with pytest.raises(CheckpointError, match=r"tokenizer has 300 tokens, .* vocabulary has 280"):
+        train(world, folder, "run", Topology())
+
+
 def test_checkpoints_without_latest_are_not_trained_over(world: World, folder: Path) -> None:
     train(world, folder, "run", Topology(), exit_interval=2)
     (folder / "run/latest").unlink()
