@@ -10,7 +10,7 @@ from neox.checkpoint.neox import check_tokens
 from neox.config import NeoXConfig
 from neox.data.loaders import build_loaders
 from neox.engine.build import build_engine
-from neox.errors import ConfigError
+from neox.errors import CheckpointError, ConfigError
 from neox.model.gpt import count_parameters
 from neox.model.layout import pad_vocab_size
 from neox.parallel.groups import ProcessGroups
@@ -49,7 +49,13 @@ def main(config: NeoXConfig, groups: ProcessGroups) -> None:
     engine = build_engine(config, groups, padded_vocab_size, start.checkpoint)
     if start.with_optimizer:
         assert start.checkpoint is not None
-        engine.load_optimizer(start.checkpoint.folder)
+        saved = engine.load_optimizer(start.checkpoint.folder).get("optimizer_type")
+        if saved not in (None, config.optimizer_type):  # None: not written by this program
+            raise CheckpointError(
+                f"{start.checkpoint.folder}: its optimizer state is that of {saved}, and this "
+                f"run's optimizer is {config.optimizer_type}. Set no_load_optim: true to start a "
+                "fresh one."
+            )
 
     with RunLog(
         config, groups, iteration=start.iteration, padded_vocab_size=padded_vocab_size

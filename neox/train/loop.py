@@ -69,10 +69,11 @@ def save(
     """Write a checkpoint and prune old ones. Collective over the world."""
     assert config.save is not None
     directory = Path(config.save)
+    state = {"iteration": iteration, "optimizer_type": config.optimizer_type}
     folder = write_checkpoint(
         directory,
         iteration,
-        lambda aside: engine.save(aside, {"iteration": iteration}),
+        lambda aside: engine.save(aside, state),
         config.config_files or {},
         groups,
     )

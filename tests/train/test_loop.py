@@ -159,6 +159,20 @@ def test_a_tokenizer_larger_than_the_checkpoints_vocabulary_is_refused(
         train(world, folder, "run", Topology())
 
 
+@pytest.mark.parametrize(("saved", "wanted"), [("adam", "sgd"), ("sgd", "adam")])
+def test_another_optimizer_cannot_take_the_state(
+    world: World, folder: Path, saved: str, wanted: str
+) -> None:
+    def optimizer(kind: str) -> dict[str, Any]:
+        return {"type": kind, "params": {"lr": 0.01}}
+
+    train(world, folder, "run", Topology(), optimizer=optimizer(saved), exit_interval=2)
+    with pytest.raises(CheckpointError, match=f"is that of {saved}, .* optimizer is {wanted}"):
+        train(world, folder, "run", Topology(), optimizer=optimizer(wanted))
+    values = {"optimizer": optimizer(wanted), "no_load_optim": True, "exit_interval": 3}
+    assert list(train(world, folder, "run", Topology(), **values)) == [1, 2, 3]
+
+
 def test_checkpoints_without_latest_are_not_trained_over(world: World, folder: Path) -> None:
     train(world, folder, "run", Topology(), exit_interval=2)
     (folder / "run/latest").unlink()
