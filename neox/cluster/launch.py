@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import os
+import random
 import shlex
 import signal
 import socket
@@ -166,9 +168,15 @@ def _launcher_environment(job: Job) -> dict[str, str]:
 
 
 def _choose_port(config: NeoXConfig) -> int:
-    """The user's port, else any that is free now: two runs on a machine do not meet."""
+    """The user's port, else any that is free now: two runs on a machine do not meet.
+
+    It is taken seconds later, when the ranks are up. So it lies below 32768, where Linux begins to
+    number outgoing connections, or one of those might have it by then.
+    """
     if config.origin("master_port") != "default":
         return config.master_port
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+    while True:
+        port = random.randrange(20000, 32768)
+        with socket.socket() as listener, contextlib.suppress(OSError):
+            listener.bind(("127.0.0.1", port))
+            return port

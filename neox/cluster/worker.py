@@ -12,7 +12,7 @@ from pathlib import Path
 
 from neox.cluster.execute import Place, execute, prepare_environment
 from neox.cluster.run_folder import End, RunFolder
-from neox.errors import NeoXError
+from neox.errors import ConfigError, NeoXError
 
 # How long a failed rank waits for the launcher to have read its last words and to end the job. Were
 # it to leave at once, its peers would fail too, with errors that only distract from the first one.
@@ -67,9 +67,12 @@ def _find_place() -> Place:
 
 def _speak_into(log: Path) -> None:
     """Only rank 0 has the console; what the others print is kept for the case that they fail."""
-    log.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    except OSError as error:
+        raise ConfigError(f"log_dir: {log} cannot be written: {error.strerror}.") from error
     null = os.open(os.devnull, os.O_RDONLY)
-    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     for source, target in ((null, 0), (file, 1), (file, 2)):
         os.dup2(source, target)
 

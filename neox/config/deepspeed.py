@@ -145,6 +145,10 @@ def to_deepspeed(config: NeoXConfig) -> dict[str, Any]:
     }
     zero = _acting(config.zero_optimization, ZeroOptimization)
     result["zero_optimization"] = zero | {"stage": max(1, config.zero_stage)}
+    if config.pipe_parallel_size > 0:
+        # The pipeline engine reduces once, after the last micro-batch: there is nothing to overlap
+        # with, and DeepSpeed warns of the attempt.
+        result["zero_optimization"].pop("overlap_comm", None)
     result |= _precision(config)
     if config.fp32_allreduce or config.communication_data_type is not None:
         result["communication_data_type"] = config.communication_data_type or "fp32"

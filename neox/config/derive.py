@@ -33,6 +33,8 @@ def settle_precision(draft: Draft) -> None:
         )
         return
     wanted = draft.values.get("precision")
+    if wanted is not None and draft.origin("precision").startswith("--"):
+        return  # --set precision=fp32 is enough to run a file's fp16 model on a CPU
     if wanted is None:
         draft.settle("precision", on[0] if on else "fp32")
     elif on and wanted != on[0]:

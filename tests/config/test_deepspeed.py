@@ -31,7 +31,8 @@ MODEL = {
 
 
 def build(**values: Any) -> NeoXConfig:
-    return from_dict(MODEL | values, world_size=3)
+    stages = max(1, values.get("pipe_parallel_size", 1))
+    return from_dict(MODEL | values, world_size=3 * stages)
 
 
 def test_a_plain_run() -> None:
@@ -102,6 +103,13 @@ def test_zero_passes_through_what_deepspeed_still_knows() -> None:
         "offload_optimizer": {"device": "cpu", "pin_memory": False},
     }
     assert type(result["reduce_bucket_size"]) is int
+
+
+@pytest.mark.parametrize(("stages", "kept"), [(0, True), (1, False), (2, False)])
+def test_a_pipeline_has_nothing_to_overlap_with(stages: int, kept: bool) -> None:
+    zero = {"stage": 1, "overlap_comm": True}
+    config = build(pipe_parallel_size=stages, zero_optimization=zero)
+    assert ("overlap_comm" in to_deepspeed(config)["zero_optimization"]) is kept
 
 
 def test_communication() -> None:

@@ -20,6 +20,7 @@ from neox.config import (
     load_config,
     parse_set,
 )
+from neox.config.deepspeed import to_deepspeed
 from neox.errors import ConfigError
 from tests.config.runs import make_files, write
 
@@ -280,6 +281,14 @@ def test_world_size_from_a_function(run_folder: Path) -> None:
 )
 def test_precision(given: dict[str, Any], dtype: str) -> None:
     assert from_dict(MODEL | given).dtype == dtype
+
+
+def test_a_precision_on_the_command_line_wins_over_the_files_blocks(run_folder: Path) -> None:
+    write(run_folder / "half.yml", "fp16: {enabled: true}")
+    assert load_config([Path("half.yml")]).dtype == "float16"
+    config = load_config([Path("half.yml")], {"precision": Override("fp32", "--set")})
+    assert config.dtype == "float32"
+    assert not {"fp16", "bf16"} & to_deepspeed(config).keys()
 
 
 @pytest.mark.parametrize(

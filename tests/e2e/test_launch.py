@@ -26,7 +26,7 @@ MODEL = """
 
 # A rank writes its pid into a file of its own when it is up, then does what its test is about.
 SCRIPT = """
-import os, sys, signal
+import os, sys, signal, time
 from pathlib import Path
 from neox.config import NeoXConfig
 from neox.errors import ConfigError
@@ -42,6 +42,9 @@ if behaviour == "collective":
 Path(f"up_{rank}.part").write_text(str(os.getpid()))
 os.rename(f"up_{rank}.part", f"up_{rank}")
 if behaviour == "refuse":
+    # The job ends with the first refusal: every rank is to have spoken by then.
+    while not all(Path(f"up_{r}").exists() for r in range(int(os.environ["WORLD_SIZE"]))):
+        time.sleep(0.01)
     raise ConfigError(f"num_layers is {config.num_layers}")
 if behaviour == "raise" and rank == 2:
     raise ValueError("unforeseen")
