@@ -101,7 +101,8 @@ def copy_to_tensor_parallel(
     A parallel-residual block feeds its input through two norms into two column-parallel layers.
     Summing the gradient of each layer's input would cost two all-reduces; summing once before the
     norms leaves the norms' own gradients as summands too. So the block's input and its norms'
-    parameters pass through here together: S*B*H + 4H numbers in one message.
+    parameters pass through here together, and its row-parallel biases: S*B*H + 6H numbers in one
+    message.
     """
     if groups.tp == 1:
         return tensors
