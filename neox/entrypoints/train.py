@@ -41,6 +41,10 @@ def main(config: NeoXConfig, groups: ProcessGroups) -> None:
     if config.zero_stage == 0:
         log.info("zero_optimization: stage 0 runs as stage 1, the same arithmetic in less memory")
     start = find_start(config, groups)
+    if start.iteration >= config.train_iters:
+        log.info(
+            f"train_iters ({config.train_iters}) is reached: nothing to train, only evaluating"
+        )
     if start.checkpoint is not None:
         check_tokens(tokenizer.vocab_size, start.checkpoint.padded_vocab_size)
     loaders = build_loaders(

@@ -29,6 +29,7 @@ def train(
 
     Collective over the world.
     """
+    assert config.train_iters is not None and loaders.train is not None, "checked before"
     if iteration == 0 and is_save_iteration(config, 0):
         save(config, groups, engine, run, 0)
     while iteration < config.train_iters:
