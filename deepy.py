@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -24,6 +25,8 @@ def find_libraries() -> None:
 
 
 if __name__ == "__main__":
+    # Until there is anything to close, Ctrl-C ends it without a traceback through the imports.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     find_libraries()
     from neox.cluster.main import main
 

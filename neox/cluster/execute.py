@@ -45,6 +45,7 @@ def prepare_environment(job: Job, place: Place) -> None:
         if loopback:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback[0])
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    os.environ.setdefault("HOME", os.path.expanduser("~"))  # cron has none; W&B's service wants it
     log.set_rank(place.rank)
     log.quiet_third_parties()
 

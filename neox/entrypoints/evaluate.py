@@ -23,6 +23,8 @@ def main(config: NeoXConfig, groups: ProcessGroups) -> None:
     if config.load is None:
         raise CheckpointError("load is not set: set it to the folder of the checkpoint to evaluate")
     checkpoint = Checkpoint.open(Path(config.load), config.iteration)
+    if groups.rank == 0:
+        run.check_prefix(config.eval_results_prefix)
     tasks = load_tasks(config)
     tokenizer = build_tokenizer(config)
     # The opened folder, for `latest` may name another one by now.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import errno
 import json
 import os
 import subprocess
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from neox import atomic, log
 from neox.config import NeoXConfig
+from neox.errors import ConfigError
 from neox.evaluation.tasks import load_tasks, silenced
 from neox.inference.stages import InferenceModel
 from neox.parallel.groups import ProcessGroups
@@ -79,6 +81,20 @@ def evaluate(
         "date": started,
         "duration_seconds": time.time() - started,
     }
+
+
+def check_prefix(prefix: str) -> None:
+    """Make the results' folder before hours go into them. Raises ConfigError where that fails."""
+    folder = Path(f"{prefix}_").parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise ConfigError(
+            f"eval_results_prefix is {prefix!r}, but results cannot be written to {folder}: "
+            f"{error.strerror}."
+        ) from error
 
 
 def write_results(results: Mapping[str, Any], prefix: str) -> Path:

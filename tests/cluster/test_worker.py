@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import pytest
 
-from neox.cluster.execute import Place
-from neox.cluster.run_folder import End
-from neox.cluster.worker import _describe, _find_place
-from neox.errors import DataError
+from neox.cluster.execute import Place, prepare_environment
+from neox.cluster.run_folder import End, Job
+from neox.cluster.worker import _describe, _find_place, _speak_into
+from neox.errors import ConfigError, DataError
 
 VARIABLES = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
 
@@ -55,3 +58,18 @@ def test_every_launchers_variables_are_understood(
 )
 def test_last_words(error: BaseException, end: End) -> None:
     assert _describe(error) == end
+
+
+def test_a_log_dir_that_cannot_be_made_is_a_users_error(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"log_dir: .*rank_1\.log cannot be written: Not a dir"):
+        _speak_into(tmp_path / "file" / "logs" / "rank_1.log")
+
+
+def test_libraries_find_a_home_where_the_environment_has_none(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    environment = {"PATH": os.environ["PATH"]}
+    monkeypatch.setattr(os, "environ", environment)
+    prepare_environment(Job("train", None, "cpu", 1, "127.0.0.1", 1, "here"), Place())
+    assert Path(environment["HOME"]).is_dir()

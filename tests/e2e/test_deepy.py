@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -54,6 +55,15 @@ def test_a_closed_pipe_ends_it_quietly(tmp_path: Path) -> None:
     )
     os.close(write)
     assert (run.returncode, run.stderr) == (141, "")
+
+
+def test_ctrl_c_during_the_imports_shows_no_traceback(tmp_path: Path) -> None:
+    copy = Path(shutil.copy(DEEPY, tmp_path))
+    package = tmp_path / "neox" / "cluster"
+    package.mkdir(parents=True)
+    (package / "main.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    run = subprocess.run([sys.executable, copy, "train.py"], capture_output=True, text=True)
+    assert (run.returncode, run.stderr) == (-signal.SIGINT, "")
 
 
 def test_a_dry_run_imports_no_torch(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from neox.errors import ConfigError
 from neox.evaluation import run
 from neox.parallel.groups import ProcessGroups
 from neox.tokenizer import Tokenizer
@@ -114,6 +115,14 @@ def test_results_file(results, tmp_path, monkeypatch, prefix):
     assert written["n_docs"] == results["n_docs"]
     assert written["results"] == results["results"]
     assert written["results"]["lambada_openai"]["acc,none"] == 0.75
+
+
+def test_a_prefix_in_a_new_folder_makes_it_and_one_below_a_file_is_refused(tmp_path):
+    run.check_prefix(str(tmp_path / "new" / "x"))
+    assert (tmp_path / "new").is_dir()
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"eval_results_prefix is .* cannot be written to .*file"):
+        run.check_prefix(str(tmp_path / "file" / "x"))
 
 
 def test_table(results):
