@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from neox.config import NeoXConfig, from_dict
-from neox.model.gpt import Layer, layers
+from neox.model.gpt import Layer, LocalLayers, build_layers, layers
 from neox.model.shard import shard
 from neox.parallel.groups import ProcessGroups
 
@@ -86,9 +86,10 @@ def random_weights(config: NeoXConfig, seed: int = 0) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     weights = {}
     for layer in model_layers(config, ProcessGroups.single()):
-        for name, layout in (layer.layout or {}).items():
-            if layer.forward is not None:
-                continue  # the tied output projection is the embedding
+        if not layer.has_file:
+            continue
+        assert layer.layout is not None
+        for name, layout in layer.layout.items():
             tensor = torch.randn(layout.shape, generator=generator) * 0.1
             is_scale = "norm" in name and not name.endswith("bias")
             weights[f"{layer.index}.{name}"] = tensor + 1.0 if is_scale else tensor
@@ -100,35 +101,23 @@ def fill(
 ) -> None:
     """Set a built layer's parameters to this rank's shards of `weights`."""
     assert layer.layout is not None
-    index = 0 if layer.tied else layer.index
     with torch.no_grad():
         for name, parameter in module.named_parameters():
-            whole = weights[f"{index}.{name}"]
+            whole = weights[f"{layer.file_index}.{name}"]
             parameter.copy_(shard(whole, layer.layout[name], groups.tp_rank, groups.tp))
 
 
-def built(
-    config: NeoXConfig, weights: dict[str, Tensor], groups: ProcessGroups
-) -> list[tuple[Layer, Any]]:
+def built(config: NeoXConfig, weights: dict[str, Tensor], groups: ProcessGroups) -> LocalLayers:
     """Every layer of the model on this rank, filled, in order; tied layers share a module."""
-    tied: dict[str, Any] = {}
-    found = []
-    for layer in model_layers(config, groups):
-        module = tied.get(layer.tied) if layer.tied else None
-        if module is None:
-            module = layer.build()
-            if layer.has_parameters:
-                fill(module, layer, weights, groups)
-            if layer.tied:
-                tied[layer.tied] = module
-        found.append((layer, module))
-    return found
+    return build_layers(
+        model_layers(config, groups), lambda module, layer: fill(module, layer, weights, groups)
+    )
 
 
-def forward(stage: list[tuple[Layer, Any]], tokens_BS: Tensor) -> Tensor:
+def forward(stage: LocalLayers, tokens_BS: Tensor) -> Tensor:
     x = tokens_BS
     for layer, module in stage:
-        x = layer.forward(module, x) if layer.forward else module(x)
+        x = layer(module, x)
     return x
 
 

@@ -10,9 +10,10 @@ from __future__ import annotations
 import pickle
 import re
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -140,8 +141,8 @@ class Checkpoint:
     def read(self, layer: Layer, groups: ProcessGroups) -> dict[str, Tensor]:
         """This rank's tensors of one layer, by today's names, in the precision of the files."""
         assert layer.layout is not None
-        index = 0 if layer.tied else layer.index
-        if layer.tied and layer.index != index and layer.index in self.shards:
+        index = layer.file_index
+        if layer.index != index and layer.index in self.shards:
             raise CheckpointError(
                 f"{self.folder} holds {layer_file(self.folder, layer.index, 0).name}, an output "
                 "projection of its own, but the configuration ties it to the embedding. Set "
@@ -154,7 +155,8 @@ class Checkpoint:
                 "the missing file."
             )
         paths, stored = zip(*self._open_layer(index), strict=True)
-        self._check_names(paths[0], stored[0], layer)
+        for path, tensors in zip(paths, stored, strict=True):
+            self._check_names(path, tensors, layer)
         result = {}
         for name, layout in layer.layout.items():
             shards = [tensors[name] for tensors in stored]
@@ -179,7 +181,7 @@ class Checkpoint:
 
     def _open_layer(self, index: int) -> Iterator[tuple[Path, dict[str, Tensor]]]:
         for path in self.shards[index]:
-            yield path, {_today(name): tensor for name, tensor in _load(path).items()}
+            yield path, {_today(name): tensor for name, tensor in _load_layer(path).items()}
 
     def _check_names(self, path: Path, stored: dict[str, Tensor], layer: Layer) -> None:
         assert layer.layout is not None
@@ -203,7 +205,13 @@ class Checkpoint:
     def _check_shapes(
         self, path: Path, name: str, shards: list[Tensor], layout: ParamLayout
     ) -> None:
-        whole = list(shards[0].shape)
+        shapes = [list(tensor.shape) for tensor in shards]
+        if any(shape != shapes[0] for shape in shapes):
+            raise CheckpointError(
+                f"{path.parent}: the shards of {name} of layer {path.name[6:8]} have different "
+                f"shapes, {shapes}: they are not of one checkpoint."
+            )
+        whole = list(shapes[0])
         if layout.dim is not None:
             whole[layout.dim] = sum(tensor.shape[layout.dim] for tensor in shards)
         wanted = list(layout.shape)
@@ -254,17 +262,28 @@ def _today(name: str) -> str:
     return name
 
 
-def _load(path: Path) -> dict[str, Tensor]:
+def load_file(
+    path: Path, map_location: Any = "cpu", *, mmap: bool = False, classes: Sequence[type] = ()
+) -> Any:
+    """torch.load that runs no code: tensors, numbers, plain containers, and instances of `classes`.
+
+    Raises CheckpointError for anything else and for every kind of damage.
+    """
     try:
         # Files of before torch 1.6 are no zip archives, and cannot be mapped.
-        mmap = zipfile.is_zipfile(path)
-        tensors = torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
+        mmap = mmap and zipfile.is_zipfile(path)
+        with torch.serialization.safe_globals(list(classes)):
+            return torch.load(path, map_location=map_location, mmap=mmap, weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path} was refused: it is damaged, or holds more than tensors, which could run code."
         ) from error
     except Exception as error:  # an unpickler can stumble over damage in any way
         raise CheckpointError(f"{path} cannot be read: {_first_line(error)}") from error
+
+
+def _load_layer(path: Path) -> dict[str, Tensor]:
+    tensors = load_file(path, mmap=True)
     if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
         raise CheckpointError(
             f"{path} is not a layer file: it is not a mapping of tensors by name."

@@ -85,7 +85,7 @@ def _problem(draft: Draft, given: dict[str, int], replicas: int, layout: str) ->
 def _said(draft: Draft, key: str) -> str:
     origin = draft.origin(key)
     value = str(draft.values[key])
-    return f"{value}, {origin}" if ":" in origin or origin.startswith("-") else value
+    return f"{value}, {origin}" if ":" in origin or draft.from_command_line(key) else value
 
 
 def _around(train: int, unit: int, factors: int) -> list[int]:

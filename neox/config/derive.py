@@ -33,7 +33,7 @@ def settle_precision(draft: Draft) -> None:
         )
         return
     wanted = draft.values.get("precision")
-    if wanted is not None and draft.origin("precision").startswith("--"):
+    if wanted is not None and draft.from_command_line("precision"):
         return  # --set precision=fp32 is enough to run a file's fp16 model on a CPU
     if wanted is None:
         draft.settle("precision", on[0] if on else "fp32")
@@ -104,8 +104,8 @@ def settle_prompts(draft: Draft) -> None:
     """Prompts come from a file when one is given on the command line, or nothing else is said."""
     if draft.values.get("sample_input_file") is None:
         return
-    from_command_line = draft.origin("sample_input_file").startswith("-")
-    said_there = draft.origin("text_gen_type").startswith("-")
+    from_command_line = draft.from_command_line("sample_input_file")
+    said_there = draft.from_command_line("text_gen_type")
     if "text_gen_type" not in draft.values:
         draft.settle("text_gen_type", "input-file")
     elif from_command_line and not said_there:

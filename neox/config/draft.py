@@ -45,6 +45,9 @@ class Draft:
             path = path.rpartition(".")[0]
         return self.origins.get(path, "")
 
+    def from_command_line(self, path: str) -> bool:
+        return self.origin(path).startswith("-")
+
     def problem(self, path: str, message: str) -> None:
         """Report a wrong value; the whole top-level key counts as bad."""
         self.problems.append(Problem(message, self.origin(path)))

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
 
-import torch
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 
-from neox.checkpoint.neox import save_file
-from neox.errors import CheckpointError
+from neox.checkpoint.neox import load_file, save_file
 
 # The classes that DeepSpeed itself writes into its optimizer files; they hold numbers only.
 _KNOWN_CLASSES = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
@@ -25,13 +22,4 @@ class SafeCheckpointEngine(TorchCheckpointEngine):
         save_file(state_dict, Path(path))
 
     def load(self, path: str, map_location: object = None) -> object:
-        try:
-            with torch.serialization.safe_globals(_KNOWN_CLASSES):
-                return torch.load(path, map_location=map_location, weights_only=True)
-        except pickle.UnpicklingError as error:
-            raise CheckpointError(
-                f"{path} was refused: it is damaged, or holds more than tensors and numbers, which "
-                "could run code."
-            ) from error
-        except Exception as error:  # an unpickler can stumble over damage in any way
-            raise CheckpointError(f"{path} cannot be read: it is damaged or missing.") from error
+        return load_file(Path(path), map_location, classes=_KNOWN_CLASSES)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,12 +25,9 @@ from neox.data.loaders import Batch
 from neox.engine.base import TrainStep
 from neox.engine.checkpoint_engine import SafeCheckpointEngine
 from neox.engine.optimizers import build_optimizer
-from neox.model.gpt import Layer
+from neox.model.gpt import LocalLayers
 from neox.parallel.groups import ProcessGroups
 from neox.parallel.rng import DropoutStreams
-
-# (layer, module or function): the layers of this rank, in order.
-LocalLayers = list[tuple[Layer, Any]]
 
 
 def start_deepspeed(groups: ProcessGroups) -> None:
@@ -66,7 +64,7 @@ def wrap(model: nn.Module, config: NeoXConfig, mpu: object = None) -> Any:
     return inner
 
 
-class DeepSpeedEngine:
+class DeepSpeedEngine(ABC):
     """The common part of PipelinedEngine and SequentialEngine; implements Engine with them."""
 
     def __init__(
@@ -91,13 +89,14 @@ class DeepSpeedEngine:
             loss_scale=float(self.inner.loss_scale()) if self.inner.fp16_enabled() else None,
         )
 
+    @abstractmethod
     def train_loss(self, batches: Iterator[Batch]) -> float:
-        raise NotImplementedError
+        """Forward, backward and step over one global batch; the mean loss, on every rank."""
 
     def save(self, folder: Path, state: dict[str, Any]) -> None:
         if self.groups.dp_rank == 0:
             for layer, module in self.local:
-                if layer.has_parameters and layer.forward is None:
+                if layer.has_file:
                     save_layer(folder, layer, module, self.groups)
         self.inner.save_checkpoint(
             str(folder.parent), tag=folder.name, client_state=state, save_latest=False

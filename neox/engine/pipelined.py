@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -15,13 +15,11 @@ from torch.utils.checkpoint import checkpoint
 
 from neox.config import NeoXConfig
 from neox.data.loaders import Batch
-from neox.engine.deepspeed import DeepSpeedEngine, LocalLayers, wrap
-from neox.model.gpt import Layer
+from neox.engine.deepspeed import DeepSpeedEngine, wrap
+from neox.model.gpt import Fill, Layer, LocalLayers
 from neox.model.loss import cross_entropy
 from neox.parallel.groups import ProcessGroups
 from neox.parallel.rng import DropoutStreams
-
-Fill = Callable[[nn.Module, Layer], None]
 
 
 class PipelinedEngine(DeepSpeedEngine):
@@ -41,7 +39,7 @@ def build_pipelined(
     streams: DropoutStreams,
     groups: ProcessGroups,
 ) -> PipelinedEngine:
-    """`fill(module, layer)` sets the weights of a built layer. Collective over the world."""
+    """The engine over this rank's stage. Collective over the world."""
     specs = [_spec(layer, fill) for layer in layers]
     interval = config.checkpoint_num_layers if config.checkpoint_activations else 0
     with contextlib.redirect_stdout(io.StringIO()):

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
@@ -12,9 +11,9 @@ from torch.utils.checkpoint import checkpoint
 
 from neox.config import NeoXConfig
 from neox.data.loaders import Batch
-from neox.engine.deepspeed import DeepSpeedEngine, LocalLayers, wrap
+from neox.engine.deepspeed import DeepSpeedEngine, wrap
 from neox.model.block import TransformerLayer
-from neox.model.gpt import Layer
+from neox.model.gpt import Fill, Layer, LocalLayers, build_layers
 from neox.model.loss import cross_entropy
 from neox.parallel.groups import ProcessGroups
 from neox.parallel.rng import DropoutStreams
@@ -30,7 +29,7 @@ class GPT(nn.Module):
         self._streams = streams
         self._recompute = recompute
         for layer, module in local:
-            if layer.has_parameters and layer.forward is None:
+            if layer.has_file:
                 self.sequential[str(layer.index)] = module
 
     def forward(self, tokens_BS: Tensor) -> Tensor:
@@ -41,7 +40,7 @@ class GPT(nn.Module):
                     module, x, use_reentrant=False, context_fn=self._streams.recompute_contexts
                 )
             else:
-                x = layer.forward(module, x) if layer.forward else module(x)
+                x = layer(module, x)
         return x
 
 
@@ -79,23 +78,12 @@ class SequentialEngine(DeepSpeedEngine):
 def build_sequential(
     config: NeoXConfig,
     layers: list[Layer],
-    fill: Callable[[nn.Module, Layer], None],
+    fill: Fill,
     streams: DropoutStreams,
     groups: ProcessGroups,
 ) -> SequentialEngine:
-    """`fill(module, layer)` sets the weights of a built layer. Collective over the world."""
-    local: LocalLayers = []
-    tied: dict[str, Any] = {}
-    for layer in layers:
-        if layer.tied in tied:
-            module = tied[layer.tied]
-        else:
-            module = layer.build()
-            if layer.has_parameters:
-                fill(module, layer)
-            if layer.tied:
-                tied[layer.tied] = module
-        local.append((layer, module))
+    """The engine over one rank's whole depth. Collective over the world."""
+    local = build_layers(layers, fill)
     model = GPT(local, streams, config.checkpoint_activations)
     mpu = _ModelParallelUnit(groups) if groups.tp > 1 else None
     return SequentialEngine(wrap(model, config, mpu), local, streams, groups)

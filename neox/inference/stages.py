@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -12,7 +9,7 @@ from torch import Tensor, nn
 from neox.config import ModelConfig
 from neox.inference.cache import KVCache
 from neox.model.block import TransformerLayer
-from neox.model.gpt import Embedding, FinalNorm, Layer
+from neox.model.gpt import Embedding, FinalNorm, LocalLayers
 from neox.parallel.groups import ProcessGroups
 from neox.parallel.layers import gather_from_tensor_parallel
 
@@ -27,7 +24,7 @@ class InferenceModel:
         self,
         config: ModelConfig,
         groups: ProcessGroups,
-        stage: Sequence[tuple[Layer, Any]],
+        stage: LocalLayers,
         padded_vocab_size: int,
         dtype: torch.dtype,
     ) -> None:
@@ -37,7 +34,7 @@ class InferenceModel:
         self.device = groups.device
         self.dtype = dtype
         self.padded_vocab_size = padded_vocab_size
-        self._stage = list(stage)
+        self._stage = stage
         for _, module in self._stage:
             if isinstance(module, nn.Module):
                 module.eval()
@@ -88,7 +85,7 @@ class InferenceModel:
             elif isinstance(module, FinalNorm) and last_only:
                 x = module(x[:, -1:])
             else:
-                x = layer.forward(module, x) if layer.forward else module(x)
+                x = layer(module, x)
         if cache is not None:
             cache.advance(tokens_BS.shape[1])
         if not self.groups.is_last_stage:

@@ -12,7 +12,7 @@ The sequential, the pipelined and the generating model are three ways of walking
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -136,6 +136,20 @@ class Layer:
     def has_parameters(self) -> bool:
         return self.layout is not None
 
+    @property
+    def has_file(self) -> bool:
+        """Whether its parameters are its own; a tied output projection's are the embedding's."""
+        return self.has_parameters and self.forward is None
+
+    @property
+    def file_index(self) -> int:
+        """The layer whose file holds its parameters."""
+        return 0 if self.tied else self.index
+
+    def __call__(self, module: Any, x: Tensor) -> Tensor:
+        """Run `module`, which `build` made, as this layer."""
+        return self.forward(module, x) if self.forward else module(x)
+
     def build(self) -> Any:
         """The module on the CPU, its parameters allocated and not yet filled; or the function."""
         if not self.has_parameters:
@@ -147,6 +161,26 @@ class Layer:
             # and on the first one only if it is a replica.
             parameter.tensor_model_parallel = self.layout[name].dim is not None
         return module
+
+
+Fill = Callable[[nn.Module, Layer], None]  # sets the parameters of a layer that was just built
+LocalLayers = list[tuple[Layer, Any]]  # consecutive layers with their modules or functions
+
+
+def build_layers(wanted: Iterable[Layer], fill: Fill) -> LocalLayers:
+    """Build and fill consecutive layers for one rank; those that are tied share a module."""
+    tied: dict[str, Any] = {}
+    local: LocalLayers = []
+    for layer in wanted:
+        module = tied.get(layer.tied) if layer.tied else None
+        if module is None:
+            module = layer.build()
+            if layer.has_parameters:
+                fill(module, layer)
+            if layer.tied:
+                tied[layer.tied] = module
+        local.append((layer, module))
+    return local
 
 
 def torch_dtype(name: str) -> torch.dtype:

@@ -27,7 +27,7 @@ def initialize(
     assert layer.layout is not None
     for name, parameter in module.named_parameters():
         layout = layer.layout[name]
-        generator = torch.Generator().manual_seed(derive_seed(seed, layer.index, name))
+        generator = torch.Generator().manual_seed(derive_seed(seed, layer.file_index, name))
         whole = torch.empty(layout.shape, dtype=torch.float32)
         draw(whole, layout, config, generator)
         with torch.no_grad():

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import resource
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from neox.checkpoint.directory import check_writable, keep_last, write_checkpoint
 from neox.checkpoint.neox import Checkpoint, layer_file, save_layer
 from neox.errors import CheckpointError
+from neox.model.shard import file_shard, shard
 from neox.parallel.groups import ProcessGroups
 from tests.models import built, config_of, model_layers, random_weights
 
@@ -99,6 +102,14 @@ def test_an_iteration_may_be_chosen(directory: Path) -> None:
         (lambda d: truncate(layer_file(d / "global_step7", 3, 0)), "layer_03"),
         (lambda d: torch.save([1], layer_file(d / "global_step7", 3, 0)), "not a layer file"),
         (
+            lambda d: two_shards(d, lambda tensors: tensors.pop("mlp.linear1.bias")),
+            "layer_03-model_01.*it lacks mlp.linear1.bias",
+        ),
+        (
+            lambda d: two_shards(d, shorten),
+            r"mlp.linear1.bias of layer 03 have different shapes, \[\[64\], \[63\]\]",
+        ),
+        (
             lambda d: torch.save({}, layer_file(d / "global_step7", 3, 1)),
             "layer_00-model_01-model_states.pt, layer_02-model_01-model_states.pt",
         ),
@@ -113,6 +124,8 @@ def test_an_iteration_may_be_chosen(directory: Path) -> None:
         "garbage",
         "short",
         "list",
+        "shard_lacks",
+        "shard_short",
         "odd_shard",
     ],
 )
@@ -120,6 +133,27 @@ def test_damage_is_named(directory: Path, spoil, said: str) -> None:
     spoil(directory)
     with pytest.raises(CheckpointError, match=said):
         read_all(Checkpoint.open(directory))
+
+
+def two_shards(directory: Path, spoil: Callable[[dict[str, Tensor]], object]) -> None:
+    """Cut every layer into two shards, and spoil the second one of layer 3."""
+    folder = directory / "global_step7"
+    for layer in model_layers(config_of(), SINGLE):
+        if layer.layout is None:
+            continue
+        whole = torch.load(layer_file(folder, layer.index, 0), weights_only=True)
+        for rank in range(2):
+            tensors = {
+                name: file_shard(shard(whole[name], layout, rank, 2), layout, 2)
+                for name, layout in layer.layout.items()
+            }
+            if (layer.index, rank) == (3, 1):
+                spoil(tensors)
+            torch.save(tensors, layer_file(folder, layer.index, rank))
+
+
+def shorten(tensors: dict[str, Tensor]) -> None:
+    tensors["mlp.linear1.bias"] = tensors["mlp.linear1.bias"][:-1].clone()
 
 
 def truncate(path: Path) -> None:

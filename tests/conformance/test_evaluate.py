@@ -15,21 +15,12 @@ from neox.evaluation.run import tracker_metrics
 from neox.evaluation.tasks import load_tasks
 from neox.parallel.groups import initialize
 from neox.parallel.topology import Topology
+from tests.conformance.small import MODEL
 
 
 def config(shared: Path, **values: Any) -> NeoXConfig:
     model = {
-        "num_layers": 4,
-        "hidden_size": 128,
-        "num_attention_heads": 8,
-        "seq_length": 128,
-        "max_position_embeddings": 128,
-        "pos_emb": "rotary",
-        "rotary_pct": 0.25,
-        "no_weight_tying": True,
-        "gpt_j_residual": True,
-        "precision": "fp32",
-        "tokenizer_type": "HFTokenizer",
+        **MODEL,
         "vocab_file": str(shared / "upstream/tok/small_tokenizer.json"),
         "load": str(shared / "upstream/checkpoints/ckpt_mp1pp1"),
         "eval_tasks": ["lambada", "piqa"],

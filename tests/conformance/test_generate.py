@@ -19,6 +19,7 @@ from neox.inference.load import load_model
 from neox.parallel.groups import ProcessGroups, initialize
 from neox.parallel.topology import Topology
 from neox.tokenizer import build_tokenizer, load_tokenizer
+from tests.conformance.small import MODEL
 
 ROOT = Path(__file__).parents[2]
 NEW_TOKENS = 32
@@ -27,17 +28,8 @@ NEW_TOKENS = 32
 def values(shared: Path, checkpoint: str) -> dict[str, Any]:
     """What a YAML file would say of the model that made the reference."""
     return {
-        "num_layers": 4,
-        "hidden_size": 128,
-        "num_attention_heads": 8,
-        "seq_length": 128,
-        "max_position_embeddings": 128,
-        "pos_emb": "rotary",
-        "rotary_pct": 0.25,
-        "no_weight_tying": True,
+        **MODEL,
         "gpt_j_residual": checkpoint != "sequential_residual_mp2",
-        "precision": "fp32",
-        "tokenizer_type": "HFTokenizer",
         "vocab_file": str(shared / "upstream/tok/small_tokenizer.json"),
         "load": str(shared / "upstream/checkpoints" / checkpoint),
         "maximum_tokens": NEW_TOKENS,

@@ -69,7 +69,7 @@ def whole_weights(folder: Path, values: dict[str, Any]) -> dict[str, Tensor]:
     return {
         f"{layer.index}.{name}": tensor
         for layer in model_layers(config_of(**values), single)
-        if layer.has_parameters and layer.forward is None
+        if layer.has_file
         for name, tensor in checkpoint.read(layer, single).items()
     }
 

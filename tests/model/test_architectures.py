@@ -29,16 +29,15 @@ def test_equals_the_oracle(name: str) -> None:
     (expected * direction).sum().backward()
     for layer, module in stage:
         if layer.has_parameters:
-            index = 0 if layer.tied else layer.index
             for parameter_name, parameter in module.named_parameters():
-                wanted = weights[f"{index}.{parameter_name}"].grad
+                wanted = weights[f"{layer.file_index}.{parameter_name}"].grad
                 assert wanted is not None and parameter.grad is not None
                 assert_close(
                     parameter.grad,
                     wanted,
                     atol=1e-5 * max(1.0, wanted.abs().max().item()),
                     rtol=1e-4,
-                    msg=lambda text, at=f"{index}.{parameter_name}": f"{at}: {text}",
+                    msg=lambda text, at=f"{layer.file_index}.{parameter_name}": f"{at}: {text}",
                 )
 
 

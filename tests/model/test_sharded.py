@@ -33,7 +33,7 @@ def loss_and_gradients(config, weights, groups) -> tuple[Tensor, dict[str, Tenso
     gradients = {
         f"{layer.index}.{name}": parameter.grad
         for layer, module in stage
-        if layer.has_parameters and layer.forward is None
+        if layer.has_file
         for name, parameter in module.named_parameters()
     }
     return loss.detach(), gradients
