@@ -34,9 +34,11 @@ from neox.atomic import write_text  # noqa: E402
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
+    from torch import nn
 
     from neox.config import NeoXConfig
     from neox.inference.stages import InferenceModel
+    from neox.model.gpt import Layer
 
 THREADS = 2
 BATCH_SIZE = 8
@@ -135,7 +137,7 @@ def our_model(config: NeoXConfig, shape: Shape, weights: dict[str, Any]) -> Infe
     import torch
 
     from neox.inference.stages import InferenceModel
-    from neox.model.gpt import layers
+    from neox.model.gpt import build_layers, layers
     from neox.parallel.groups import ProcessGroups
 
     names = {
@@ -144,18 +146,16 @@ def our_model(config: NeoXConfig, shape: Shape, weights: dict[str, Any]) -> Infe
         "norm.bias": "gpt_neox.final_layer_norm.bias",
         "final_linear.weight": "lm_head.weight",
     }
-    stage = []
-    for layer in layers(config, shape.vocab, torch.float32, ProcessGroups.single()):
-        module = layer.build()
-        if layer.has_parameters:
-            for name, parameter in module.named_parameters():
-                inside = name.replace("linear1", "dense_h_to_4h").replace(
-                    "linear2", "dense_4h_to_h"
-                )
-                peer_name = names.get(name, f"gpt_neox.layers.{layer.index - 2}.{inside}")
-                parameter.data.copy_(weights[peer_name])
-        stage.append((layer, module))
-    return InferenceModel(config, ProcessGroups.single(), stage, shape.vocab, torch.float32)
+
+    def fill(module: nn.Module, layer: Layer) -> None:
+        for name, parameter in module.named_parameters():
+            inside = name.replace("linear1", "dense_h_to_4h").replace("linear2", "dense_4h_to_h")
+            peer_name = names.get(name, f"gpt_neox.layers.{layer.index - 2}.{inside}")
+            parameter.data.copy_(weights[peer_name])
+
+    groups = ProcessGroups.single()
+    stage = build_layers(layers(config, shape.vocab, torch.float32, groups), fill)
+    return InferenceModel(config, groups, stage, shape.vocab, torch.float32)
 
 
 def requests_by_document(config: NeoXConfig) -> dict[str, list[list[Instance]]]:

@@ -64,6 +64,7 @@ def make_model(folder: Path) -> Path:
     from neox.config import from_dict
     from neox.model.gpt import layers
     from neox.model.init import initialize
+    from neox.model.layout import pad_vocab_size
     from neox.parallel.groups import ProcessGroups
 
     values = MODEL | {
@@ -77,8 +78,8 @@ def make_model(folder: Path) -> Path:
     groups = ProcessGroups.single()
     target = step_folder(folder / "checkpoint", 0)
     target.mkdir(parents=True)
-    for layer in layers(config, -(-vocab_size // 128) * 128, torch.float32, groups):
-        if layer.has_parameters:
+    for layer in layers(config, pad_vocab_size(vocab_size, 128, 1), torch.float32, groups):
+        if layer.has_file:
             module = layer.build()
             initialize(module, layer, config, config.seed, groups)
             save_layer(target, layer, module, groups)

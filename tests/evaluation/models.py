@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from neox.config import NeoXConfig, from_dict
 from neox.inference.stages import InferenceModel
-from neox.model.gpt import layers
+from neox.model.gpt import Layer, build_layers, layers
 from neox.model.init import initialize
 from neox.parallel.groups import ProcessGroups
 from neox.tokenizer import Tokenizer, load_tokenizer
@@ -47,14 +47,13 @@ def random_model(groups: ProcessGroups | None = None) -> InferenceModel:
     groups = groups or ProcessGroups.single()
     single = ProcessGroups.single()  # a replica is one process here
     settings = config()
-    stage = []
-    for layer in layers(settings, VOCABULARY, torch.float32, single):
-        module = layer.build()
-        if layer.has_parameters:
-            initialize(module, layer, settings, 1234, single)
-            for parameter in module.parameters():
-                parameter.data.mul_(3)
-        stage.append((layer, module))
+
+    def fill(module: nn.Module, layer: Layer) -> None:
+        initialize(module, layer, settings, 1234, single)
+        for parameter in module.parameters():
+            parameter.data.mul_(3)
+
+    stage = build_layers(layers(settings, VOCABULARY, torch.float32, single), fill)
     return InferenceModel(settings, groups, stage, VOCABULARY, torch.float32)
 
 

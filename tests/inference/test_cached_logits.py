@@ -10,7 +10,7 @@ import torch
 from neox.config import NeoXConfig
 from neox.inference.generate import complete
 from neox.inference.stages import InferenceModel
-from neox.model.gpt import layers
+from neox.model.gpt import build_layers, layers
 from neox.model.init import initialize
 from neox.parallel.groups import ProcessGroups
 from tests.inference.fakes import ByteTokenizer, config
@@ -31,16 +31,10 @@ def settings(architecture: str, **values: Any) -> NeoXConfig:
 
 def random_model(settings: NeoXConfig) -> InferenceModel:
     groups = ProcessGroups.single()
-    stage, embedding = [], None
-    for layer in layers(settings, 264, torch.float32, groups):
-        if layer.tied and embedding is not None:
-            stage.append((layer, embedding))
-            continue
-        module = layer.build()
-        if layer.has_parameters:
-            initialize(module, layer, settings, 1234, groups)
-        embedding = embedding or module
-        stage.append((layer, module))
+    stage = build_layers(
+        layers(settings, 264, torch.float32, groups),
+        lambda module, layer: initialize(module, layer, settings, 1234, groups),
+    )
     return InferenceModel(settings, groups, stage, 264, torch.float32)
 
 
