@@ -35,6 +35,7 @@ DOORS = {
     "deepspeed": ("neox.engine",),
     "transformers": ("neox.checkpoint.hf",),
     "safetensors": ("neox.checkpoint",),
+    "xxhash": ("neox.checkpoint",),
     "tokenizers": ("neox.tokenizer",),
     "sentencepiece": ("neox.tokenizer",),
     "tiktoken": ("neox.tokenizer",),

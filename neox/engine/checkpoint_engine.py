@@ -9,7 +9,7 @@ from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 
-from neox.checkpoint.neox import load_file, save_file
+from neox.checkpoint.files import load_file, save_file
 
 # The classes that DeepSpeed itself writes into its optimizer files; they hold numbers only.
 _KNOWN_CLASSES = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]

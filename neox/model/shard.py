@@ -18,31 +18,55 @@ def shard(whole: Tensor, layout: ParamLayout, rank: int, tp: int) -> Tensor:
 def reshard(shards: Sequence[Tensor], layout: ParamLayout, rank: int, tp: int) -> Tensor:
     """What rank `rank` of `tp` holds, from the files of any other number of shards.
 
-    Only the slices that overlap are read, so memory-mapped shards cost no more than the result.
-    Replicas are averaged where they drifted apart (upstream's tools do so for norms); summands are
-    added. Vocabulary rows beyond those stored are zeros; stored rows beyond those wanted are
-    dropped.
+    See `reshard_into`; the result is a new tensor in the precision of the shards.
+    """
+    result = shards[0].new_empty(layout.shard_shape(tp))
+    reshard_into(result, shards, layout, rank, tp)
+    return result
+
+
+def reshard_into(
+    target: Tensor, shards: Sequence[Tensor], layout: ParamLayout, rank: int, tp: int
+) -> None:
+    """Fill `target` with what rank `rank` of `tp` holds, in its own precision and on its device.
+
+    Only the slices that overlap are read, and they are copied once, so memory-mapped shards cost
+    nothing besides the result. Replicas are averaged where they drifted apart (upstream's tools do
+    so for norms); summands are added. Vocabulary rows beyond those stored are zeros; stored rows
+    beyond those wanted are dropped.
     """
     if layout.split is Split.REPLICATED:
-        return _mean(shards)
+        target.copy_(_mean(shards))
+        return
     if layout.split is Split.PARTIAL_SUM:
-        return _sum(shards)
+        target.copy_(_sum(shards))
+        return
     dim = layout.dim
     assert dim is not None
-    pieces = []
     stored_sizes = _stored_blocks(shards, layout, dim)
+    done = 0
     for block, size in enumerate(layout.block_sizes):
         width = size // tp
-        start, stop = rank * width, (rank + 1) * width
-        pieces += _slices(shards, stored_sizes, block, dim, start, stop)
-    return pieces[0].clone() if len(pieces) == 1 else torch.cat(pieces, dim)
+        for piece in _slices(shards, stored_sizes, block, dim, rank * width, (rank + 1) * width):
+            target.narrow(dim, done, piece.shape[dim]).copy_(piece)
+            done += piece.shape[dim]
+        missing = sum(layout.block_sizes[: block + 1]) // tp - done
+        target.narrow(dim, done, missing).zero_()
+        done += missing
 
 
-def file_shard(held: Tensor, layout: ParamLayout, tp: int) -> Tensor:
-    """What a rank writes to its file for the tensor that it holds in memory."""
-    if layout.split is Split.PARTIAL_SUM and tp > 1:
-        return held / tp
-    return held
+def file_shard(held: Tensor, layout: ParamLayout, rank: int, tp: int) -> Tensor:
+    """What rank `rank` of `tp` writes to its file for the tensor that it holds in memory.
+
+    Summands add up to the tensor exactly: rank 0 takes what the others' rounded shares leave, as
+    in float16 a small number has no half.
+    """
+    if layout.split is not Split.PARTIAL_SUM or tp == 1:
+        return held
+    share = held / tp
+    if rank > 0:
+        return share
+    return (held.double() - share.double() * (tp - 1)).to(held.dtype)
 
 
 def _stored_blocks(shards: Sequence[Tensor], layout: ParamLayout, dim: int) -> list[int]:
@@ -56,25 +80,20 @@ def _stored_blocks(shards: Sequence[Tensor], layout: ParamLayout, dim: int) -> l
 def _slices(
     shards: Sequence[Tensor], stored: list[int], block: int, dim: int, start: int, stop: int
 ) -> list[Tensor]:
-    """Rows [start, stop) of one block of the whole tensor, as views of the shards."""
+    """Rows [start, stop) of one block of the whole tensor as far as stored: views of the shards."""
     width, offset = stored[block], sum(stored[:block])
     pieces = []
     for index, tensor in enumerate(shards):
         first, last = max(start, index * width), min(stop, (index + 1) * width)
         if first < last:
             pieces.append(tensor.narrow(dim, offset + first - index * width, last - first))
-    missing = (stop - start) - sum(piece.shape[dim] for piece in pieces)
-    if missing:
-        shape = list(shards[0].shape)
-        shape[dim] = missing
-        pieces.append(shards[0].new_zeros(shape))
     return pieces
 
 
 def _mean(shards: Sequence[Tensor]) -> Tensor:
     first = shards[0]
     if all(torch.equal(first, other) for other in shards[1:]):
-        return first.clone()
+        return first
     return (_sum64(shards) / len(shards)).to(first.dtype)
 
 

@@ -144,7 +144,7 @@ def two_shards(directory: Path, spoil: Callable[[dict[str, Tensor]], object]) ->
         whole = torch.load(layer_file(folder, layer.index, 0), weights_only=True)
         for rank in range(2):
             tensors = {
-                name: file_shard(shard(whole[name], layout, rank, 2), layout, 2)
+                name: file_shard(shard(whole[name], layout, rank, 2), layout, rank, 2)
                 for name, layout in layer.layout.items()
             }
             if (layer.index, rank) == (3, 1):

@@ -33,7 +33,8 @@ def test_files_of_any_number_of_shards_give_what_each_rank_holds(
     layout = layouts()[name]
     whole = torch.randn(layout.shape, generator=torch.Generator().manual_seed(0))
     files = [
-        file_shard(shard(whole, layout, rank, stored), layout, stored) for rank in range(stored)
+        file_shard(shard(whole, layout, rank, stored), layout, rank, stored)
+        for rank in range(stored)
     ]
     for rank in range(wanted):
         held = reshard(files, layout, rank, wanted)

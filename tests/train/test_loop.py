@@ -87,8 +87,9 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(world: World, fol
     assert parts[6]["validation/lm_loss"] == whole[6]["validation/lm_loss"]
 
     ours = Checkpoint.open(folder / "parts")
-    for index, paths in Checkpoint.open(folder / "whole").shards.items():
-        for path, other in zip(paths, ours.shards[index], strict=True):
+    whole = Checkpoint.open(folder / "whole").source
+    for index in whole.indices:
+        for path, other in zip(whole.files(index), ours.source.files(index), strict=True):
             expected, got = (torch.load(p, weights_only=True) for p in (path, other))
             assert all(torch.equal(got[name], expected[name]) for name in expected)
 
