@@ -251,15 +251,6 @@ class Checkpoint:
             )
 
 
-def check_tokens(tokens: int, rows: int) -> None:
-    """Raises CheckpointError when a tokenizer has more tokens than a checkpoint has rows."""
-    if tokens > rows:
-        raise CheckpointError(
-            f"the tokenizer has {tokens} tokens, but the checkpoint's vocabulary has {rows}: set "
-            "tokenizer_type and vocab_file to the tokenizer that the model was trained with"
-        )
-
-
 def save_layer(folder: Path, layer: Layer, module: nn.Module, groups: ProcessGroups) -> Entry:
     """Write this rank's shard of one layer into `folder`, which is not yet in its final place."""
     assert layer.layout is not None

@@ -6,7 +6,7 @@ from neox import log
 from neox.config import NeoXConfig
 from neox.evaluation import run
 from neox.evaluation.tasks import load_tasks
-from neox.inference.load import check_vocabulary, load_model, open_checkpoint
+from neox.inference.load import load_model, open_checkpoint
 from neox.parallel.groups import ProcessGroups
 from neox.tokenizer import build_tokenizer
 from neox.train.trackers import open_trackers
@@ -19,8 +19,7 @@ def main(config: NeoXConfig, groups: ProcessGroups) -> None:
         run.check_prefix(config.eval_results_prefix)
     tasks = load_tasks(config)
     tokenizer = build_tokenizer(config)
-    model = load_model(config, groups, checkpoint)
-    check_vocabulary(model, tokenizer)
+    model = load_model(config, groups, checkpoint, tokenizer.vocab_size)
     results = run.evaluate(config, model, tokenizer, groups, tasks)
     results["checkpoint"] = {
         "folder": str(checkpoint.folder.resolve()),

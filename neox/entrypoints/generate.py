@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from neox.config import NeoXConfig
 from neox.inference import modes
-from neox.inference.load import check_vocabulary, load_model
+from neox.inference.load import load_model
 from neox.parallel.groups import ProcessGroups
 from neox.tokenizer import build_tokenizer
 
@@ -13,8 +13,7 @@ def main(config: NeoXConfig, groups: ProcessGroups) -> None:
     """Generate in the configured mode. Collective over the world."""
     job = modes.prepare(config, groups) if config.text_gen_type != "interactive" else None
     tokenizer = build_tokenizer(config)
-    model = load_model(config, groups)
-    check_vocabulary(model, tokenizer)
+    model = load_model(config, groups, tokens=tokenizer.vocab_size)
     if job is None:
         modes.interactive(model, tokenizer, config)
     else:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from neox import log
 from neox.checkpoint.directory import check_writable
-from neox.checkpoint.neox import check_tokens
+from neox.checkpoint.neox import Checkpoint
+from neox.checkpoint.vocabulary import padded_vocab_size
 from neox.config import NeoXConfig
 from neox.data.loaders import build_loaders
 from neox.engine.build import build_engine
@@ -14,7 +15,7 @@ from neox.errors import CheckpointError, ConfigError
 from neox.model.gpt import count_parameters
 from neox.model.layout import pad_vocab_size
 from neox.parallel.groups import ProcessGroups
-from neox.tokenizer import build_tokenizer
+from neox.tokenizer import Tokenizer, build_tokenizer
 from neox.train.loop import evaluate, train
 from neox.train.metrics import RunLog
 from neox.train.start import find_start
@@ -30,14 +31,6 @@ def main(config: NeoXConfig, groups: ProcessGroups) -> None:
     if config.save is not None:
         check_writable(Path(config.save))
     tokenizer = build_tokenizer(config)
-    padded_vocab_size = pad_vocab_size(
-        tokenizer.vocab_size, config.make_vocab_size_divisible_by, groups.tp
-    )
-    log.info(
-        f"model: {count_parameters(config, padded_vocab_size):,} parameters, "
-        f"vocabulary {tokenizer.vocab_size} padded to {padded_vocab_size}; "
-        f"grid: tp {groups.tp} x pp {groups.pp} x dp {groups.dp}; {config.dtype}"
-    )
     if config.zero_stage == 0:
         log.info("zero_optimization: stage 0 runs as stage 1, the same arithmetic in less memory")
     start = find_start(config, groups)
@@ -45,12 +38,16 @@ def main(config: NeoXConfig, groups: ProcessGroups) -> None:
         log.info(
             f"train_iters ({config.train_iters}) is reached: nothing to train, only evaluating"
         )
-    if start.checkpoint is not None:
-        check_tokens(tokenizer.vocab_size, start.checkpoint.padded_vocab_size)
+    rows = _vocabulary_rows(config, start.checkpoint, tokenizer)
+    log.info(
+        f"model: {count_parameters(config, rows):,} parameters, "
+        f"vocabulary {tokenizer.vocab_size} padded to {rows}; "
+        f"grid: tp {groups.tp} x pp {groups.pp} x dp {groups.dp}; {config.dtype}"
+    )
     loaders = build_loaders(
         config, groups, start.iteration, tokenizer.eod, vocab_size=tokenizer.vocab_size
     )
-    engine = build_engine(config, groups, padded_vocab_size, start.checkpoint)
+    engine = build_engine(config, groups, rows, start.checkpoint)
     if start.with_optimizer:
         assert start.checkpoint is not None
         saved = engine.load_optimizer(start.checkpoint.folder).get("optimizer_type")
@@ -61,9 +58,7 @@ def main(config: NeoXConfig, groups: ProcessGroups) -> None:
                 "fresh one."
             )
 
-    with RunLog(
-        config, groups, iteration=start.iteration, padded_vocab_size=padded_vocab_size
-    ) as run:
+    with RunLog(config, groups, iteration=start.iteration, padded_vocab_size=rows) as run:
         iteration = train(config, groups, engine, loaders, run, start.iteration)
         for chart, data, batches in (
             ("validation", "val", loaders.valid),
@@ -72,3 +67,19 @@ def main(config: NeoXConfig, groups: ProcessGroups) -> None:
             if batches is not None:
                 metrics = evaluate(config, engine, batches)
                 run.evaluation(chart, iteration, metrics, f"the end of training for {data} data")
+
+
+def _vocabulary_rows(
+    config: NeoXConfig, checkpoint: Checkpoint | None, tokenizer: Tokenizer
+) -> int:
+    """A fresh model's vocabulary is padded as configured, a checkpoint's stays as it is."""
+    if checkpoint is None:
+        return pad_vocab_size(tokenizer.vocab_size, config.make_vocab_size_divisible_by, config.tp)
+    rows = padded_vocab_size(config, checkpoint.padded_vocab_size, tokenizer.vocab_size)
+    padded = pad_vocab_size(rows, 1, config.tp)
+    if padded > rows:
+        log.info(
+            f"vocabulary: {padded - rows} zero rows added to {rows}, for model_parallel_size "
+            f"{config.tp}"
+        )
+    return padded

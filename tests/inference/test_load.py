@@ -12,12 +12,11 @@ from torch.testing import assert_close
 from neox.checkpoint.directory import write_checkpoint
 from neox.checkpoint.neox import save_layer
 from neox.errors import CheckpointError
-from neox.inference.load import check_vocabulary, load_model
+from neox.inference.load import load_model
 from neox.model.gpt import layers
 from neox.model.init import initialize as fill_weights
 from neox.parallel.groups import ProcessGroups, initialize
 from neox.parallel.topology import Topology
-from tests.inference.fakes import ByteTokenizer
 from tests.models import config_of
 from tests.world import World
 
@@ -76,12 +75,26 @@ def test_without_a_checkpoint() -> None:
 
 def test_a_tokenizer_larger_than_the_vocabulary_is_refused(saved: tuple[dict, Path]) -> None:
     values, folder = saved
-    model = load_model(config_of(load=str(folder), **values), SINGLE)
-    tokenizer = ByteTokenizer()
+    config = config_of(load=str(folder), **values)
     with pytest.raises(CheckpointError, match=r"tokenizer has 257 tokens, .* vocabulary has 61"):
-        check_vocabulary(model, tokenizer)
-    tokenizer.vocab_size = VOCAB
-    check_vocabulary(model, tokenizer)
+        load_model(config, SINGLE, tokens=257)
+    assert load_model(config, SINGLE, tokens=VOCAB).padded_vocab_size == VOCAB
+
+
+@pytest.mark.parametrize(
+    ("multiple", "tokens", "rows"), [(16, 40, 48), (16, 61, 64), (61, 40, 61)], ids=str
+)
+def test_a_configuration_may_ask_for_another_vocabulary(
+    saved: tuple[dict, Path], multiple: int, tokens: int, rows: int
+) -> None:
+    values, folder = saved
+    whole = load_model(config_of(load=str(folder), **values), SINGLE)(TOKENS % 40)
+    config = config_of(load=str(folder), make_vocab_size_divisible_by=multiple, **values)
+    logits = load_model(config, SINGLE, tokens=tokens)(TOKENS % 40)
+    assert whole is not None and logits is not None and logits.shape[-1] == rows
+    kept = min(rows, VOCAB)
+    assert_close(logits[..., :kept], whole[..., :kept], atol=1e-6, rtol=1e-6)
+    assert not logits[..., VOCAB:].any()
 
 
 def test_the_last_logits_alone_are_the_last_of_all(saved: tuple[dict, Path]) -> None:
