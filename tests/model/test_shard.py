@@ -56,6 +56,16 @@ def test_summands_are_added_and_replicas_averaged() -> None:
     assert reshard([a, b], replica, 0, 1).tolist() == [2.5] * 5
 
 
+@pytest.mark.parametrize("tp", [2, 3, 4, 7, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_summands_add_up_exactly(dtype: torch.dtype, tp: int) -> None:
+    """Also numbers so small that they have no half: 6e-8 is float16's smallest."""
+    values = torch.tensor([1.0, 1 / 3, -6e-8, 1.8e-7, 3e-5, 65504.0, 0.0, 1e-38]).to(dtype)
+    layout = ParamLayout(values.shape, Split.PARTIAL_SUM, Init.ZEROS)
+    files = [file_shard(values, layout, rank, tp) for rank in range(tp)]
+    assert torch.equal(reshard(files, layout, 0, 1), values)
+
+
 def test_vocabulary_rows_are_padded_with_zeros_or_trimmed() -> None:
     stored = [torch.ones(4, 2), torch.full((4, 2), 2.0)]
     longer = ParamLayout((12, 2), Split.COLUMN, Init.WEIGHT, is_vocab=True)
