@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from neox import log
+from neox.cluster.hosts import cores
 from neox.cluster.run_folder import CONFIG_FILE, Job
 from neox.config import NeoXConfig
 
@@ -34,8 +35,7 @@ def prepare_environment(job: Job, place: Place) -> None:
         MASTER_PORT=str(job.master_port),
     )
     if place.local_size > 1:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (cores or 1) // place.local_size)))
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // place.local_size)))
     if job.device == "cpu":
         # A launcher numbers its processes in CUDA_VISIBLE_DEVICES, also on a CPU.
         os.environ.update(CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu")

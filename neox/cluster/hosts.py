@@ -38,6 +38,13 @@ def cuda_devices() -> list[int]:
     return [int(number) for number in numbers]
 
 
+def cores() -> int:
+    """The CPU cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def find_hostfile(config: NeoXConfig) -> Path | None:
     """The hostfile of the configuration, of DLTS_HOSTFILE, or DeepSpeed's /job/hostfile."""
     named = config.hostfile or os.environ.get("DLTS_HOSTFILE")
@@ -68,8 +75,8 @@ def read_hostfile(path: Path) -> Slots:
         if host in hosts:
             raise ConfigError(f"{path}:{number}: host {host} is listed twice")
         hosts[host] = list(range(slots))
-    if not hosts:
-        raise ConfigError(f"{path} lists no host; write one 'host slots=N' a line")
+    if not any(hosts.values()):
+        raise ConfigError(f"{path} lists no slots; write one 'host slots=N' a line")
     return hosts
 
 

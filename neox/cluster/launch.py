@@ -17,10 +17,10 @@ from pathlib import Path
 
 from neox import log
 from neox.cluster.execute import Place, execute, prepare_environment
-from neox.cluster.hosts import Slots, cuda_devices, find_hostfile, read_hostfile, select
+from neox.cluster.hosts import Slots, cores, cuda_devices, find_hostfile, read_hostfile, select
 from neox.cluster.run_folder import Job, RunFolder
 from neox.cluster.supervise import supervise
-from neox.config import NeoXConfig
+from neox.config import Devices, NeoXConfig
 from neox.errors import ConfigError
 
 _WORKER = Path(__file__).with_name("worker.py")
@@ -39,12 +39,34 @@ class Plan:
         return sum(len(slots) for slots in self.hosts.values())
 
 
+def find_devices(config: NeoXConfig) -> Devices:
+    """What there is for a run of `config`, whose sizes need not be settled yet.
+
+    Raises ConfigError for hosts or devices that are named and are not there.
+    """
+    there = _look_around(config)
+    slots = tuple(len(slots) for slots in there.hosts.values())
+    return Devices(slots if any(slots) else (), cores(), all_start=there.hostfile is not None)
+
+
 def make_plan(config: NeoXConfig) -> Plan:
-    """Which processes to start. ConfigError for hosts or devices that are not there.
+    """Which processes to start: config.world_size of them, whichever of the devices come first.
+
+    Raises ConfigError for hosts or devices that are named and are not there.
+    """
+    there = _look_around(config)
+    if there.hostfile is not None:
+        return there
+    (slots,) = there.hosts.values()
+    slots = (slots or list(range(config.world_size)))[: config.world_size]
+    return Plan({"localhost": slots}, there.device)
+
+
+def _look_around(config: NeoXConfig) -> Plan:
+    """Every slot that there is.
 
     Hosts come from the hostfile. Without one, this machine has as many slots as visible CUDA
-    devices; without those, num_gpus processes on the CPU, or as many as one copy of the model
-    needs. The configuration's sizes need not be settled yet: they depend on this plan's.
+    devices; without those, num_gpus on the CPU, or none that are numbered: [].
     """
     hostfile = find_hostfile(config)
     slots = None
@@ -60,8 +82,7 @@ def make_plan(config: NeoXConfig) -> Plan:
         )
     devices = cuda_devices()
     if not devices:
-        processes = config.num_gpus or config.tp * config.pp
-        return Plan({"localhost": slots or list(range(processes))}, "cpu")
+        return Plan({"localhost": slots or list(range(config.num_gpus or 0))}, "cpu")
     if slots is None:
         (slots,) = select({"localhost": devices}, config).values()
     if not set(slots) <= set(devices):

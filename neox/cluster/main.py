@@ -10,8 +10,8 @@ from pathlib import Path
 
 from neox import log
 from neox.cluster.arguments import DEFAULT_CONFIG, Arguments, parse
-from neox.cluster.launch import launch, make_plan
-from neox.config import NeoXConfig, load_config
+from neox.cluster.launch import find_devices, launch, make_plan
+from neox.config import Devices, NeoXConfig, load_config
 from neox.errors import NeoXError
 
 
@@ -39,7 +39,7 @@ def _run(arguments: Arguments) -> int:
         arguments.overrides,
         conf_dir=arguments.conf_dir,
         purpose=arguments.entry_point,
-        world_size=_world_size_elsewhere if arguments.dry_run else _world_size,
+        world_size=_find_devices_elsewhere if arguments.dry_run else find_devices,
         # Somebody may look here at what is to run elsewhere.
         check_files=not arguments.dry_run,
     )
@@ -49,12 +49,8 @@ def _run(arguments: Arguments) -> int:
     return launch(arguments.entry_point, arguments.script, config, make_plan(config))
 
 
-def _world_size(config: NeoXConfig) -> int:
-    return make_plan(config).world_size
-
-
-def _world_size_elsewhere(config: NeoXConfig) -> int | None:
+def _find_devices_elsewhere(config: NeoXConfig) -> Devices | None:
     """None, that is unknown, where the hostfile is on another machine."""
     if config.hostfile and not Path(config.hostfile).is_file():
         return None
-    return _world_size(config)
+    return find_devices(config)

@@ -4,10 +4,12 @@ from neox.config.config import NeoXConfig
 from neox.config.deepspeed import to_deepspeed
 from neox.config.draft import Problem
 from neox.config.files import check_files
+from neox.config.grid import Devices
 from neox.config.load import Override, from_dict, load_config, parse_set
 from neox.config.model import ModelConfig
 
 __all__ = [
+    "Devices",
     "ModelConfig",
     "NeoXConfig",
     "Override",

@@ -33,6 +33,12 @@ class Checks:
 
         return add
 
+    def about(self, *keys: str) -> Checks:
+        """Those of these checks that read one of `keys`."""
+        chosen = Checks()
+        chosen._checks = [check for check in self._checks if check.reads & set(keys)]
+        return chosen
+
     def run(self, config: NeoXConfig, purpose: str | None, bad: set[str]) -> Findings:
         """The findings of every check that matters to `purpose` and reads no key in `bad`."""
         for check in self._checks:

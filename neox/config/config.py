@@ -77,7 +77,8 @@ class NeoXConfig(
         return self.world_size // (self.tp * self.pp)
 
     def origin(self, name: str) -> str:
-        """Where a value comes from: "pythia.yml:12", "--set", "derived" or "default".
+        """Where a value comes from: "pythia.yml:12", "--set", "derived", "fitted" (to the devices
+        that are there) or "default".
 
         `name` may be dotted for a value inside a block: "optimizer.params.lr".
         """

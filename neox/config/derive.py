@@ -6,7 +6,9 @@ from neox.config.accept import accept_block
 from neox.config.arithmetic import multiples_around
 from neox.config.batch import implied_replicas, settle_batch
 from neox.config.blocks import OPTIMIZER_PARAMS
+from neox.config.config import NeoXConfig
 from neox.config.draft import Draft
+from neox.config.grid import advise_grid
 from neox.config.values import listed, show
 
 _OPTIMIZERS = {"adam": "adam", "adamw": "adam", "sgd": "sgd"}
@@ -113,29 +115,29 @@ def settle_prompts(draft: Draft) -> None:
         draft.origins["text_gen_type"] = draft.origin("sample_input_file")
 
 
-def settle_sizes(draft: Draft, world_size: int | None, *, strict: bool) -> None:
-    """`world_size` and the batch sizes.
+def settle_sizes(draft: Draft, config: NeoXConfig, world_size: int | None, *, strict: bool) -> None:
+    """`world_size` and the batch sizes, for the grid of `config`.
 
     A world that is not known yet is as large as num_gpus and num_nodes say, else one process for
     each part of the model, times the replicas that the batch sizes call for.
     """
-    values = draft.values
-    draft.settle("is_pipe_parallel", values.get("pipe_parallel_size", 0) >= 1)
+    draft.settle("is_pipe_parallel", config.pipe_parallel_size >= 1)
     if draft.bad & {"model_parallel_size", "pipe_parallel_size", "num_gpus", "num_nodes"}:
         return
-    tp, pp = values.get("model_parallel_size", 1), max(1, values.get("pipe_parallel_size", 0))
+    tp, pp = config.tp, config.pp
     parts = tp * pp
     if world_size is None:
-        here, nodes = values.get("num_gpus"), max(1, values.get("num_nodes", 1))
+        here, nodes = config.num_gpus, max(1, config.num_nodes)
         world_size = here * nodes if here else parts * implied_replicas(draft)
     draft.settle("world_size", world_size)
     if world_size % parts:
-        blamed = "num_gpus" if "num_gpus" in values else "model_parallel_size"
+        blamed = "num_gpus" if "num_gpus" in draft.values else "model_parallel_size"
         draft.problem(
-            blamed if blamed in values else "pipe_parallel_size",
+            blamed if blamed in draft.values else "pipe_parallel_size",
             f"the run has {world_size} process{'es' * (world_size > 1)}, but one copy of the model "
             f"takes model_parallel_size ({tp}) x pipe_parallel_size ({pp}) = {parts}. Use "
-            f"{listed(multiples_around(world_size, parts))} processes, or other sizes.",
+            f"{listed(multiples_around(world_size, parts))} processes, "
+            f"{advise_grid(config, world_size, draft.bad)}",
         )
         return
     replicas = world_size // parts
@@ -143,4 +145,4 @@ def settle_sizes(draft: Draft, world_size: int | None, *, strict: bool) -> None:
     if parts > 1:
         layout += f" = {world_size} processes / {tp} tensor-parallel / {pp} pipeline stages"
     settle_batch(draft, replicas, f"{layout})", strict=strict)
-    draft.settle("batch_size", values.get("train_micro_batch_size_per_gpu"))
+    draft.settle("batch_size", draft.values.get("train_micro_batch_size_per_gpu"))

@@ -9,7 +9,7 @@ from typing import Any
 from neox import log
 from neox.errors import ConfigError
 
-SAID = ("", "default", "derived", "given")  # origins that a message does not open with
+SAID = ("", "default", "derived", "fitted", "given")  # origins that a message does not open with
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class Draft:
     texts: dict[str, str] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
     warnings: list[Problem] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)  # lines about what was decided
     bad: set[str] = field(default_factory=set)
 
     def origin(self, path: str) -> str:
@@ -57,18 +58,20 @@ class Draft:
         """Report a value that does nothing."""
         self.warnings.append(Problem(message, self.origin(path)))
 
-    def settle(self, key: str, value: Any) -> None:
+    def settle(self, key: str, value: Any, origin: str = "derived") -> None:
         """Give a key the value that follows from others."""
         if self.values.get(key) != value:
-            self.origins[key] = "derived"
+            self.origins[key] = origin
         self.values[key] = value
 
     def finish(self) -> None:
-        """Print the warnings; raise ConfigError with every problem, in the files' order."""
+        """Print warnings and notes; raise ConfigError with every problem, in the files' order."""
         if self.problems:
             raise ConfigError(self._report())
         for warning in self._ordered(self.warnings):
             log.warning(str(warning))
+        for note in self.notes:
+            log.info(note)
 
     def _report(self) -> str:
         lines = [str(problem) for problem in self._ordered(self.problems)]

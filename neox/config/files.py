@@ -8,6 +8,7 @@ from pathlib import Path
 from neox.config.checks import Findings
 from neox.config.config import NeoXConfig
 from neox.config.draft import Problem
+from neox.config.hf import is_transformers
 from neox.config.values import listed, show
 
 _SHOWN = 8
@@ -15,9 +16,9 @@ _NO_VOCAB_FILE = ("CharLevelTokenizer", "TiktokenTokenizer")  # tiktoken's names
 
 
 def check_files(config: NeoXConfig, purpose: str) -> list[Problem]:
-    """What is missing for `purpose` ("train", "generate" or "evaluate") on this machine."""
+    """What is missing for `purpose` (a Purpose of neox.config.load) on this machine."""
     problems = []
-    for look in (_tokenizer(config), _LOOKS[purpose](config), _checkpoint(config, purpose)):
+    for look in (*(look(config) for look in _LOOKS[purpose]), _checkpoint(config, purpose)):
         try:
             problems += [Problem(text, config.origin(key), key) for key, text in look]
         except OSError as error:  # a name that is too long, a folder that may not be entered
@@ -46,9 +47,6 @@ def _for_evaluation(config: NeoXConfig) -> Findings:
         yield from _folder("eval_data_dir", config.eval_data_dir, must_exist=True)
 
 
-_LOOKS = {"train": _for_training, "generate": _for_generation, "evaluate": _for_evaluation}
-
-
 def _tokenizer(config: NeoXConfig) -> Findings:
     if config.tokenizer_type in _NO_VOCAB_FILE:
         return
@@ -57,6 +55,15 @@ def _tokenizer(config: NeoXConfig) -> Findings:
         yield from _file("vocab_file", config.vocab_file)
     if config.merge_file is not None and config.tokenizer_type == "GPT2BPETokenizer":
         yield from _file("merge_file", config.merge_file)
+
+
+# What each purpose opens besides the checkpoint; `logits` starts from token ids.
+_LOOKS = {
+    "train": (_tokenizer, _for_training),
+    "generate": (_tokenizer, _for_generation),
+    "evaluate": (_tokenizer, _for_evaluation),
+    "logits": (),
+}
 
 
 def _file(key: str, value: str) -> Findings:
@@ -113,8 +120,14 @@ def _checkpoint(config: NeoXConfig, purpose: str) -> Findings:
         if not (folder / step).is_dir():
             said = f"iteration is {config.iteration}, but {folder} holds no {step}."
             yield "iteration", f"{said}{_inside(folder)}"
-    elif needed:
+    elif needed and not is_transformers(folder) and not _is_step(folder):
         yield from _latest(config.load, folder)
+
+
+def _is_step(folder: Path) -> bool:
+    """Whether a folder is itself one checkpoint, not a folder of them."""
+    patterns = ("layer_*-model_*-model_states.pt", "mp_rank_*_model_states.pt")
+    return any(any(folder.glob(pattern)) for pattern in patterns)
 
 
 def _latest(load: str, folder: Path) -> Findings:
@@ -130,13 +143,6 @@ def _latest(load: str, folder: Path) -> Findings:
                 f"{said} its file `latest` names {show(step)}, which is not there."
                 f"{_inside(folder)}",
             )
-    elif folder.name.startswith("global_step"):
-        step = folder.name.removeprefix("global_step")
-        yield (
-            "load",
-            f"{said} that is one step of a checkpoint folder. Use {show(str(folder.parent))} with "
-            f"iteration: {step}.",
-        )
     elif steps:
         yield (
             "load",

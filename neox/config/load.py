@@ -14,12 +14,13 @@ from neox.config.derive import settle_optimizer, settle_precision, settle_prompt
 from neox.config.draft import Draft, Problem
 from neox.config.fields import keys_of
 from neox.config.files import check_files as find_missing_files
+from neox.config.grid import Devices, settle_grid
 from neox.config.idle import idle_keys
 from neox.config.values import show
 from neox.errors import ConfigError
 
-Purpose = Literal["train", "generate", "evaluate"]
-WorldSize = int | Callable[[NeoXConfig], int | None] | None
+Purpose = Literal["train", "generate", "evaluate", "logits"]
+WorldSize = int | Callable[[NeoXConfig], Devices | None] | None
 
 
 @dataclass(frozen=True)
@@ -43,9 +44,10 @@ def load_config(
 
     Keys of `overrides` may be dotted: "optimizer.params.lr". `purpose` adds what that entry point
     needs: data to train on, a checkpoint to generate from; with `check_files`, also that the files
-    exist. `world_size` is the number of processes, None if unknown, or a function that finds it
-    from a configuration whose sizes are not settled yet. Prints one warning for each key that does
-    nothing. Raises ConfigError with everything that is wrong.
+    exist. `world_size` is the number of processes, None if unknown, or a function that finds the
+    devices from a configuration whose sizes are not settled yet: to generate and to evaluate, the
+    grid is fitted to them, with a line about it. Prints one warning for each key that does nothing.
+    Raises ConfigError with everything that is wrong.
     """
     draft = Draft()
     _read_files(draft, [(conf_dir or Path()) / file for file in files])
@@ -152,14 +154,17 @@ def _settle(draft: Draft, purpose: Purpose | None, world_size: WorldSize) -> Neo
     settle_precision(draft)
     settle_optimizer(draft)
     settle_prompts(draft)
+    config = _build(draft)
     if callable(world_size):
         try:
-            world_size = world_size(_build(draft))
+            devices = world_size(config)
+            world_size = None if devices is None else settle_grid(draft, config, devices, purpose)
         except ConfigError as error:
             draft.problems.append(Problem(str(error)))
             draft.bad.add("world_size")
             world_size = None
-    settle_sizes(draft, world_size, strict=purpose == "train")
+        config = _build(draft)
+    settle_sizes(draft, config, world_size, strict=purpose == "train")
     config = _build(draft)
     for checks in (agreement.CHECKS, needs.CHECKS):
         for key, message in list(checks.run(config, purpose, draft.bad)):

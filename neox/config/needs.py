@@ -1,4 +1,4 @@
-"""What training, generation and evaluation each need to be told."""
+"""What each entry point needs to be told."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from neox.config.config import NeoXConfig
 from neox.config.values import show
 
 CHECKS = Checks()
-_ALL = ("train", "generate", "evaluate")
+_WITH_TEXT = ("train", "generate", "evaluate")
 _TOKENIZER_FILES = {
     "GPT2BPETokenizer": {"vocab_file": "GPT-2's vocab.json", "merge_file": "its merges.txt"},
     "HFTokenizer": {"vocab_file": "the tokenizer's .json file"},
@@ -16,7 +16,7 @@ _TOKENIZER_FILES = {
 }
 
 
-@CHECKS.reading("tokenizer_type", "vocab_file", "merge_file", purposes=_ALL)
+@CHECKS.reading("tokenizer_type", "vocab_file", "merge_file", purposes=_WITH_TEXT)
 def _tokenizer_has_files(config: NeoXConfig) -> Findings:
     for name, what in _TOKENIZER_FILES.get(config.tokenizer_type, {}).items():
         if getattr(config, name) is None:
@@ -69,7 +69,7 @@ def _finetuning_has_weights(config: NeoXConfig) -> Findings:
         )
 
 
-@CHECKS.reading("load", purposes=("generate", "evaluate"))
+@CHECKS.reading("load", purposes=("generate", "evaluate", "logits"))
 def _there_is_a_checkpoint(config: NeoXConfig) -> Findings:
     if config.load is None:
         yield "load", "load is missing. Name the folder of the checkpoint to use."

@@ -11,9 +11,10 @@ import pytest
 
 from neox.cluster import launch
 from neox.cluster.hosts import cuda_devices, read_hostfile, select
-from neox.cluster.launch import Plan, deepspeed_command, make_plan
+from neox.cluster.launch import Plan, deepspeed_command, find_devices, make_plan
+from neox.cluster.main import main
 from neox.cluster.run_folder import Job
-from neox.config import NeoXConfig, from_dict
+from neox.config import Devices, NeoXConfig, from_dict
 from neox.errors import ConfigError
 
 MODEL = {
@@ -62,6 +63,81 @@ def test_a_machine_with_gpus_uses_them_all_unless_told_otherwise() -> None:
         make_plan(config(8, num_gpus=8))
 
 
+@pytest.mark.usefixtures("four_gpus")
+def test_what_there_is_on_a_machine_with_gpus(tmp_path: Path) -> None:
+    assert find_devices(config()).slots == (4,)
+    assert find_devices(config(num_gpus=3)).slots == (3,)
+    assert find_devices(config(include="localhost:1,3")).slots == (2,)
+    (tmp_path / "one").write_text("localhost slots=1\n")
+    assert find_devices(config(hostfile=str(tmp_path / "one"))).slots == (1,)
+    (tmp_path / "two").write_text("a slots=2\nb slots=4\n")
+    there = find_devices(config(hostfile=str(tmp_path / "two")))
+    assert (there.slots, there.all_start) == ((2, 4), True)
+
+
+@pytest.mark.usefixtures("no_cuda")
+def test_what_there_is_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "cores", lambda: 6)
+    assert find_devices(config()) == Devices((), 6)
+    assert find_devices(config(num_gpus=3)) == Devices((3,), 6)
+    (tmp_path / "three").write_text("localhost slots=3\n")
+    assert find_devices(config(hostfile=str(tmp_path / "three"))) == Devices((3,), 6)
+
+
+@pytest.mark.usefixtures("four_gpus")
+def test_devices_that_the_grid_leaves_over_are_not_used(tmp_path: Path) -> None:
+    wide = {"model_parallel_size": 2}
+    assert make_plan(config(2, num_gpus=3, **wide)) == Plan({"localhost": [0, 1]}, "cuda")
+    assert make_plan(config(2, include="localhost:1,2,3", **wide)).hosts == {"localhost": [1, 2]}
+    (tmp_path / "three").write_text("localhost slots=3\n")
+    plan = make_plan(config(2, hostfile=str(tmp_path / "three"), **wide))
+    assert (plan.hosts, plan.world_size) == ({"localhost": [0, 1]}, 2)
+
+
+def dry_run(
+    folder: Path, script: str, grid: str, capsys: pytest.CaptureFixture[str]
+) -> tuple[list[str], dict[str, list[str]]]:
+    """The lines in front of a dry run's table, and the table."""
+    values = MODEL | {"load": "nowhere", "tokenizer_type": "CharLevelTokenizer"}
+    (folder / "model.yml").write_text(
+        "".join(f"{key}: {value}\n" for key, value in values.items()) + grid
+    )
+    assert main([script, str(folder / "model.yml"), "--dry_run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    notes = [line for line in lines if line.startswith("grid:")]
+    return notes, {line.split()[0]: line.split()[1:] for line in lines if line not in notes}
+
+
+@pytest.mark.usefixtures("four_gpus")
+@pytest.mark.parametrize("script", ["generate.py", "evaluate.py"])
+def test_a_dry_run_shows_the_grid_that_fits_the_gpus(
+    script: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    grid = "model_parallel_size: 2\npipe_parallel_size: 4\n"
+    notes, rows = dry_run(tmp_path, script, grid, capsys)
+    assert notes == [
+        "grid: tp 2 x pp 4 (model.yml:8) needs 8 devices and there are 4: using tp 2 x pp 2"
+    ]
+    assert rows["model_parallel_size"] == ["2", "model.yml:8"]
+    assert rows["pipe_parallel_size"] == ["2", "fitted"]
+    assert rows["world_size"] == ["4", "derived"]
+
+
+@pytest.mark.usefixtures("four_gpus")
+def test_a_dry_run_of_training_explains_a_grid_that_does_not_fit(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "model.yml").write_text(
+        "".join(f"{key}: {value}\n" for key, value in MODEL.items())
+        + "model_parallel_size: 2\npipe_parallel_size: 4\ndata_path: d\ntrain_iters: 1\n"
+        + "optimizer: {params: {lr: 0.1}}\ntokenizer_type: CharLevelTokenizer\n"
+    )
+    assert main(["train.py", str(tmp_path / "model.yml"), "--dry_run"]) == 2
+    assert capsys.readouterr().err.endswith(
+        "= 8. Use 8 processes, or, for 4, model_parallel_size: 2 and pipe_parallel_size: 2.\n"
+    )
+
+
 @pytest.mark.usefixtures("no_cuda")
 def test_a_hostfile_that_names_this_machine_alone_stays_here(tmp_path: Path) -> None:
     hostfile = tmp_path / "hosts"
@@ -92,7 +168,8 @@ def test_the_hostfile_may_come_from_the_environment(
     [
         ("a slots=2\nb 3\n", ":2: 'b 3' is not of the form"),
         ("a slots=2\na slots=2\n", ":2: host a is listed twice"),
-        ("# nothing\n\n", "lists no host"),
+        ("# nothing\n\n", "lists no slots"),
+        ("localhost slots=0\n", "lists no slots"),
     ],
 )
 def test_a_broken_hostfile_is_explained(tmp_path: Path, text: str, message: str) -> None:

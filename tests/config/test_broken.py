@@ -336,7 +336,8 @@ CASES = [
         "a world that the model doesn't divide",
         "model_parallel_size: 4\nnum_gpus: 6",
         "a.yml:2: the run has 6 processes, but one copy of the model takes model_parallel_size (4) "
-        "x pipe_parallel_size (1) = 4. Use 4 or 8 processes, or other sizes.",
+        "x pipe_parallel_size (1) = 4. Use 4 or 8 processes, or, for 6, model_parallel_size: 2 and "
+        "pipe_parallel_size: 3.",
     ),
     Case(
         "too few positions",
@@ -531,10 +532,9 @@ CASES = [
         purpose="evaluate",
     ),
     Case(
-        "one step of a checkpoint folder",
+        "one step of a checkpoint folder, and an empty one",
         "load: checkpoints/global_step50",
-        'a.yml:1: load is "checkpoints/global_step50", but that is one step of a checkpoint '
-        'folder. Use "checkpoints" with iteration: 50.',
+        'a.yml:1: load is "checkpoints/global_step50", but it holds no checkpoint. It is empty.',
         purpose="generate",
     ),
     Case(
