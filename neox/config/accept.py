@@ -13,11 +13,10 @@ from neox.config.values import Misfit, fit, listed, show
 
 
 def accept_all(draft: Draft) -> None:
-    """Settle the type of every value; report what is unknown, unfit, refused, idle or missing."""
+    """Settle the type of every value; report what is unknown, unfit, refused or idle."""
     keys = keys_of(NeoXConfig)
     for name in list(draft.values):
         _accept_top(draft, name, keys)
-    _report_missing(draft, keys)
 
 
 def hoist_extra_args(draft: Draft) -> None:
@@ -98,7 +97,9 @@ def _is_off(value: Any, spec: Key) -> bool:
     return spec.default is None and value in (False, [], {}, "")
 
 
-def _report_missing(draft: Draft, keys: Mapping[str, Key]) -> None:
+def report_missing(draft: Draft) -> None:
+    """Report the required keys that have no value."""
+    keys = keys_of(NeoXConfig)
     missing = [
         name
         for name, spec in keys.items()

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from neox.config import agreement, needs, source
-from neox.config.accept import accept_all, hoist_extra_args
+from neox.config.accept import accept_all, hoist_extra_args, report_missing
+from neox.config.adopt import adopt_folder
 from neox.config.config import NeoXConfig
 from neox.config.derive import settle_optimizer, settle_precision, settle_prompts, settle_sizes
 from neox.config.draft import Draft, Problem
@@ -151,6 +152,8 @@ def _settle(draft: Draft, purpose: Purpose | None, world_size: WorldSize) -> Neo
     """Check every value, derive what follows, run the cross checks; problems stay in `draft`."""
     hoist_extra_args(draft)
     accept_all(draft)
+    adopt_folder(draft, training=purpose == "train")
+    report_missing(draft)
     settle_precision(draft)
     settle_optimizer(draft)
     settle_prompts(draft)

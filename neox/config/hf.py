@@ -1,0 +1,295 @@
+"""Transformers folders and their config.json, in both directions. Neither torch nor transformers.
+
+Read is GPTNeoXForCausalLM as every version of transformers wrote it. Written is the class among
+GPTNeoX, Llama and Mistral that computes the same function, if there is one.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from neox.config.fields import keys_of
+from neox.config.model import ModelConfig
+from neox.config.values import Misfit, fit, listed, show
+from neox.errors import ConfigError
+
+CONFIG = "config.json"
+TOKENIZER = "tokenizer.json"
+_WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin*")
+
+# What GPTNeoXConfig takes where config.json says nothing.
+_DEFAULTS: dict[str, Any] = {
+    "num_hidden_layers": 44,
+    "hidden_size": 6144,
+    "num_attention_heads": 64,
+    "intermediate_size": 24576,
+    "max_position_embeddings": 2048,
+    "vocab_size": 50432,
+    "hidden_act": "gelu",
+    "layer_norm_eps": 1e-5,
+    "rotary_pct": 0.25,
+    "rotary_emb_base": 10000,
+    "use_parallel_residual": True,
+    "attention_bias": True,
+    "tie_word_embeddings": False,
+}
+
+# NeoX's keys, and what config.json calls the same.
+_SAME = {
+    "num_layers": "num_hidden_layers",
+    "hidden_size": "hidden_size",
+    "num_attention_heads": "num_attention_heads",
+    "intermediate_size": "intermediate_size",
+    "max_position_embeddings": "max_position_embeddings",
+    "layernorm_epsilon": "layer_norm_eps",
+    "rotary_pct": "rotary_pct",
+    "rotary_emb_base": "rotary_emb_base",
+    "gpt_j_residual": "use_parallel_residual",
+    "use_bias_in_attn_linear": "attention_bias",
+}
+
+# Transformers' activations -> `activation` and `bias_gelu_fusion`, which is GELU's tanh form.
+_ACTIVATIONS = {
+    "gelu": ("gelu", False),
+    "gelu_python": ("gelu", False),
+    "gelu_pytorch_tanh": ("gelu", True),
+    "gelu_python_tanh": ("gelu", True),
+    "gelu_accurate": ("gelu", True),
+    "gelu_fast": ("gelu", True),
+    "gelu_new": ("gelu", True),
+    "relu": ("relu", False),
+    "silu": ("silu", False),
+    "swish": ("swish", False),
+    "mish": ("mish", False),
+}
+PRECISIONS = {"float32": "fp32", "float16": "fp16", "bfloat16": "bfloat16"}
+
+
+def is_transformers(folder: Path) -> bool:
+    """Whether a folder holds a model of transformers: config.json, and weights beside it."""
+    try:
+        return (folder / CONFIG).is_file() and any(
+            any(folder.glob(pattern)) for pattern in _WEIGHTS
+        )
+    except OSError:  # a name that is too long, a folder that may not be entered
+        return False
+
+
+@dataclass(frozen=True)
+class Folder:
+    """What the config.json of a transformers folder says.
+
+    `values` are NeoX's keys; `fixed` those that the class cannot have otherwise, where leaving them
+    out says the same. `said` has config.json's own words for each.
+    """
+
+    path: Path
+    values: Mapping[str, Any]
+    fixed: Mapping[str, Any]
+    said: Mapping[str, str]
+    vocab_size: int  # rows of the embedding
+    precision: str | None  # that the weights were saved in, if told
+
+    @property
+    def config(self) -> Path:
+        return self.path / CONFIG
+
+    @property
+    def tokenizer(self) -> Path | None:
+        """Its tokenizer.json, if it has one."""
+        path = self.path / TOKENIZER
+        return path if path.is_file() else None
+
+
+def read_folder(folder: Path) -> Folder:
+    """Read config.json. Raises ConfigError with everything in it that cannot be computed here."""
+    path = folder / CONFIG
+    given = read_json(path)
+    config = _DEFAULTS | {name: value for name, value in given.items() if value is not None}
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    if isinstance(rope, dict):
+        config["rotary_emb_base"] = _whole(rope.get("rope_theta") or config["rotary_emb_base"])
+        config["rotary_pct"] = rope.get("partial_rotary_factor") or config["rotary_pct"]
+    problems = list(_refusals(config, rope))
+    if not problems:
+        values, problems = _fitting(config)
+    if problems:
+        raise ConfigError(f"{path}: {' '.join(problems)}")
+    said = {name: f"{theirs}: {show(config[theirs])}" for name, theirs in _SAME.items()}
+    said["no_weight_tying"] = f"tie_word_embeddings: {show(config['tie_word_embeddings'])}"
+    said["activation"] = said["bias_gelu_fusion"] = f"hidden_act: {show(config['hidden_act'])}"
+    fixed = {"num_kv_heads": values["num_attention_heads"], "sliding_window_width": None}
+    if values["gpt_j_residual"]:
+        fixed["gpt_j_tied"] = False
+    for name in (*fixed, "pos_emb", "norm", "use_bias_in_mlp"):
+        said[name] = "model_type: gpt_neox"
+    precision = PRECISIONS.get(config.get("dtype") or config.get("torch_dtype") or "")
+    return Folder(folder, values, fixed, said, config["vocab_size"], precision)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The mapping that a .json file holds. Raises ConfigError."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}.") from None
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} is not JSON: {error}.") from None
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path} holds {show(value)}, but it must be keys with values.")
+    return value
+
+
+def _whole(number: Any) -> Any:
+    """10000 for 10000.0, anything else as it is."""
+    return int(number) if isinstance(number, float) and number.is_integer() else number
+
+
+def _refusals(config: Mapping[str, Any], rope: Any) -> Iterator[str]:
+    """What transformers would compute and NeoX's layers cannot."""
+    kind, classes = config.get("model_type"), config.get("architectures")
+    if kind != "gpt_neox":
+        yield f"model_type is {show(kind)}, which does not load. Only gpt_neox does."
+        return
+    if classes is not None and "GPTNeoXForCausalLM" not in classes:
+        yield f"architectures is {show(classes)}, but only GPTNeoXForCausalLM loads."
+    scaling = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else rope
+    if scaling != "default":
+        yield f"its rotary positions are scaled ({show(scaling)}), which is not supported."
+    if not isinstance(config["hidden_act"], str) or config["hidden_act"] not in _ACTIVATIONS:
+        known = listed(_ACTIVATIONS)
+        yield f"hidden_act is {show(config['hidden_act'])}, which is not supported. Use {known}."
+    if "quantization_config" in config:
+        yield "its weights are quantized (quantization_config), which is not supported."
+
+
+def _fitting(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """NeoX's keys with their values, and what does not fit them."""
+    keys, values, problems = keys_of(ModelConfig), {}, []
+    for name, theirs in _SAME.items():
+        try:
+            values[name] = fit(config[theirs], keys[name])
+        except Misfit as misfit:
+            problems.append(f"{theirs} is {show(config[theirs])}, {misfit}")
+    tied, rows = config["tie_word_embeddings"], config["vocab_size"]
+    if not isinstance(tied, bool):
+        problems.append(f"tie_word_embeddings is {show(tied)}, but it must be true or false.")
+    if not isinstance(rows, int) or isinstance(rows, bool) or rows < 1:
+        problems.append(f"vocab_size is {show(rows)}, but it must be an integer of 1 or more.")
+    activation, is_tanh = _ACTIVATIONS[config["hidden_act"]]
+    values |= {
+        "no_weight_tying": not tied,
+        "pos_emb": "rotary",
+        "norm": "layernorm",
+        "activation": activation,
+        "use_bias_in_mlp": True,
+    }
+    if activation == "gelu":
+        values["bias_gelu_fusion"] = is_tanh
+    return values, problems
+
+
+def model_type(config: ModelConfig) -> str:
+    """The class of transformers that computes what `config` does: gpt_neox, llama or mistral.
+
+    Raises ConfigError with the reasons where there is none.
+    """
+    if config.norm == "rmsnorm":
+        kind = "llama" if config.sliding_window_width is None else "mistral"
+        reasons = list(_not_llama(config, kind))
+    else:
+        kind, reasons = "gpt_neox", list(_not_gpt_neox(config))
+    if reasons:
+        raise ConfigError(
+            f"transformers has no class for this model: of those it has, {kind} is nearest to it, "
+            f"but {listed(reasons, 'and')}."
+        )
+    return kind
+
+
+def _not_gpt_neox(config: ModelConfig) -> Iterator[str]:
+    written = {activation for activation, _ in _ACTIVATIONS.values()}
+    if config.pos_emb != "rotary":
+        yield f"pos_emb is {config.pos_emb} (it has rotary)"
+    if config.activation not in written:
+        yield f"activation is {config.activation} (it has {listed(sorted(written))})"
+    if config.sliding_window_width is not None:
+        yield f"sliding_window_width is {config.sliding_window_width} (it has no window)"
+
+
+def _not_llama(config: ModelConfig, kind: str) -> Iterator[str]:
+    if config.pos_emb != "rotary":
+        yield f"pos_emb is {config.pos_emb} (it has rotary)"
+    elif config.rotary_dim != config.head_dim:
+        yield f"rotary_pct is {config.rotary_pct:g} (it rotates whole heads)"
+    if config.gpt_j_residual:
+        yield "gpt_j_residual is true (its residual is sequential)"
+    if config.activation != "swiglu":
+        yield f"activation is {config.activation} (it has swiglu)"
+    if kind == "mistral" and (config.use_bias_in_attn_linear or config.use_bias_in_mlp):
+        yield "there are biases (it has none)"
+
+
+def config_json(
+    config: ModelConfig, vocab_size: int, dtype: str, tokens: Mapping[str, int | None]
+) -> dict[str, Any]:
+    """config.json for versions 4 and 5 of transformers, which name some things differently.
+
+    `vocab_size` is the embedding's rows; `tokens` have bos_token_id, eos_token_id, pad_token_id.
+    Raises ConfigError as `model_type` does.
+    """
+    kind = model_type(config)
+    rope = {"rope_type": "default", "rope_theta": float(config.rotary_emb_base)}
+    own: dict[str, Any]
+    if kind == "gpt_neox":
+        name = "GPTNeoXForCausalLM"
+        rope["partial_rotary_factor"] = config.rotary_pct
+        own = {
+            "hidden_act": _hidden_act(config),
+            "layer_norm_eps": config.layernorm_epsilon,
+            "use_parallel_residual": config.gpt_j_residual,
+            "attention_bias": config.use_bias_in_attn_linear,
+            "hidden_dropout": config.hidden_dropout,
+            "rotary_pct": config.rotary_pct,
+            "rotary_emb_base": config.rotary_emb_base,
+        }
+    else:
+        name = "LlamaForCausalLM" if kind == "llama" else "MistralForCausalLM"
+        own = {
+            "hidden_act": "silu",
+            "num_key_value_heads": config.kv_heads,
+            "rms_norm_eps": config.rms_norm_epsilon**2,  # see docs/numerics.md
+            "rope_theta": rope["rope_theta"],
+        }
+    if kind == "llama":
+        own["attention_bias"] = config.use_bias_in_attn_linear
+        own["mlp_bias"] = config.use_bias_in_mlp
+    if config.sliding_window_width is not None:
+        own["sliding_window"] = config.sliding_window_width + 1  # theirs counts the token itself
+    return {
+        "architectures": [name],
+        "model_type": kind,
+        "vocab_size": vocab_size,
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_attention_heads,
+        "intermediate_size": config.ffn_size,
+        "max_position_embeddings": config.max_position_embeddings,
+        "attention_dropout": config.attention_dropout,
+        "tie_word_embeddings": not config.no_weight_tying,
+        **own,
+        "rope_parameters": rope,
+        **tokens,
+        "dtype": dtype,
+        "torch_dtype": dtype,
+    }
+
+
+def _hidden_act(config: ModelConfig) -> str:
+    if config.gelu_approximation == "tanh":
+        return "gelu_pytorch_tanh"
+    return config.activation
