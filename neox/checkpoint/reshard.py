@@ -1,0 +1,212 @@
+"""A checkpoint written anew at another number of shards, file by file.
+
+Values stay as they are, bit for bit, and so do names and the buffers of older files, unless the
+caller asks for today's names or another precision.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from neox import log
+from neox.checkpoint.directory import write_checkpoint
+from neox.checkpoint.files import save_file
+from neox.checkpoint.manifest import Entry
+from neox.checkpoint.neox import Checkpoint
+from neox.checkpoint.sources import Shard, layer_file, load_model_file, model_file
+from neox.checkpoint.vocabulary import check_tokens, padded_vocab_size
+from neox.config import NeoXConfig
+from neox.config.architecture import architecture
+from neox.errors import CheckpointError
+from neox.model.gpt import Layer, layers
+from neox.model.layout import ParamLayout, pad_vocab_size
+from neox.model.shard import file_shard
+from neox.model.shard import reshard as cut
+from neox.parallel.groups import ProcessGroups
+
+# What a run goes on from besides weights and optimizer state, as upstream calls it.
+_RUN_STATE = (
+    "iteration",
+    "global_steps",
+    "global_samples",
+    "skipped_steps",
+    "lr_scheduler",
+    "args",
+)
+
+
+def choose_rows(
+    checkpoint: Checkpoint, config: NeoXConfig, asked: int | None, tokens: int | None
+) -> int:
+    """Vocabulary rows of a checkpoint that is cut into config.tp shards.
+
+    Those that are stored, unless `asked` for others or the configuration asks (see
+    `padded_vocab_size`). `tokens` is the tokenizer's size, None if it is unknown; rows are trimmed
+    beyond it only. Raises CheckpointError, also when the rows can't be cut into equal shards.
+    """
+    stored = checkpoint.padded_vocab_size
+    rows = padded_vocab_size(config, stored, tokens) if asked is None else asked
+    if rows < stored and tokens is None:
+        raise CheckpointError(
+            f"padded_vocab_size: {rows} is less than the checkpoint's {stored} rows, and nothing "
+            "tells which of them are padding. Give a configuration with the tokenizer that the "
+            "model was trained with (tokenizer_type and vocab_file)."
+        )
+    if tokens is not None:
+        check_tokens(tokens, rows)
+    if rows % config.tp:
+        raise CheckpointError(
+            f"the vocabulary's {rows} rows can't be cut into {config.tp} equal shards. Choose "
+            "another model_parallel_size, or ask for other rows: "
+            f"--padded_vocab_size {pad_vocab_size(rows, 1, config.tp)}."
+        )
+    return rows
+
+
+def reshard(
+    checkpoint: Checkpoint,
+    directory: Path,
+    config: NeoXConfig,
+    rows: int,
+    *,
+    todays_names: bool = False,
+    dtype: torch.dtype | None = None,
+) -> Path:
+    """Write `checkpoint` into `directory` as config.tp shards of `rows` rows; return its folder.
+
+    `config` tells the architecture, which says how each tensor is split. Every file is verified
+    before it is read. Memory holds one shard of one layer, besides the pages of that layer's
+    files. Optimizer state is left behind, with a line about it. Not collective, one process.
+    Raises CheckpointError.
+    """
+    model = layers(config, rows, torch.float32, ProcessGroups.single())
+    with_files = [layer for layer in model if layer.has_file]
+    check_layers(checkpoint, with_files)
+    if (directory / checkpoint.folder.name).resolve() == checkpoint.folder.resolve():
+        raise CheckpointError(f"{checkpoint.folder} can't be written over itself: name another.")
+    run_state = _run_state(checkpoint)
+
+    def write(folder: Path) -> Mapping[str, Entry]:
+        written = {}
+        with log.progress(total=len(with_files) * config.tp, desc="writing", unit="file") as bar:
+            for layer in with_files:
+                _verify(checkpoint, layer)
+                for rank in range(config.tp):
+                    tensors = dict(
+                        _file_tensors(checkpoint, layer, rank, config.tp, todays_names, dtype)
+                    )
+                    path = layer_file(folder, layer.index, rank)
+                    written[path.name] = save_file(tensors, path)
+                    bar.update()
+        for rank in range(config.tp):
+            path = model_file(folder, rank)
+            written[path.name] = save_file({**run_state, "mp_world_size": config.tp}, path)
+        return written
+
+    return write_checkpoint(
+        directory,
+        checkpoint.iteration,
+        write,
+        _configs(checkpoint.folder),
+        ProcessGroups.single(),
+        grid={"tp": config.tp, "pp": 1, "dp": 1},
+        padded_vocab_size=rows,
+        architecture=architecture(config),
+    )
+
+
+def check_layers(checkpoint: Checkpoint, model: Sequence[Layer]) -> None:
+    """Raises CheckpointError when the files hold a layer that `model` has no place for."""
+    surplus = sorted(set(checkpoint.indices) - {layer.index for layer in model})
+    if surplus:
+        raise CheckpointError(
+            f"{checkpoint.folder} holds {layer_file(checkpoint.folder, surplus[0], 0).name}, for "
+            "which the architecture has no place. Check num_layers and no_weight_tying."
+        )
+
+
+def _file_tensors(
+    checkpoint: Checkpoint,
+    layer: Layer,
+    rank: int,
+    tp: int,
+    todays_names: bool,
+    dtype: torch.dtype | None,
+) -> Iterator[tuple[str, Tensor]]:
+    """What rank `rank`'s file holds of a layer, by the names to be written."""
+    stored = checkpoint.shards(layer.index)
+    own = stored[rank % len(stored)]  # whose buffers go along: every shard has the same
+    names = {today: today for today in own.tensors} if todays_names else own.names
+    with_layout = {name: (layout, shards) for name, layout, shards in checkpoint.tensors(layer)}
+    for name, written in names.items():
+        if name in with_layout:
+            tensor = _cut(*with_layout[name], rank, tp, dtype)
+        else:
+            tensor = own.tensors[name].clone()
+        yield written, tensor
+    if not todays_names:
+        yield from ((name, buffer.clone()) for name, buffer in own.buffers.items())
+
+
+def _cut(
+    layout: ParamLayout, shards: Sequence[Tensor], rank: int, tp: int, dtype: torch.dtype | None
+) -> Tensor:
+    if len(shards) == tp and dtype is None and not layout.is_vocab:
+        return shards[rank].clone()  # replicas and summands that differ stay so
+    held = cut(shards, layout, rank, tp)
+    return file_shard(held if dtype is None else cast(held, dtype), layout, rank, tp)
+
+
+def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Raises CheckpointError when a number that was finite is not so in `dtype`."""
+    result = tensor.to(dtype)
+    if torch.isfinite(result).all() or torch.equal(result.isfinite(), tensor.isfinite()):
+        return result
+    largest = tensor.abs().max().item()
+    raise CheckpointError(
+        f"dtype: numbers of up to {largest:.3g} are too large for {str(dtype).partition('.')[2]}, "
+        f"which ends at {torch.finfo(dtype).max:.3g}. Choose bfloat16 or float32."
+    )
+
+
+def _verify(checkpoint: Checkpoint, layer: Layer) -> None:
+    for path in checkpoint.source.files(layer.index):
+        if path not in checkpoint.verified:
+            checkpoint.verify_file(path)
+
+
+def _run_state(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What an mp_rank file holds besides weights and optimizer state; the latter stays behind."""
+    path = model_file(checkpoint.folder, 0)
+    stored: dict[str, Any] = {}
+    if path.is_file():
+        try:
+            stored = load_model_file(path)
+        except CheckpointError as error:
+            log.warning(f"{error} The new files have the iteration and no more of it.")
+    if stored.get("optimizer") or any(checkpoint.folder.glob("*_optim_states.pt")):
+        log.info(f"the optimizer state of {checkpoint.folder} is left behind")
+    return {
+        "module": None,
+        "optimizer": None,
+        "lr_scheduler": None,
+        "iteration": checkpoint.iteration,
+        "global_steps": checkpoint.iteration,
+        "global_samples": 0,
+        "skipped_steps": 0,
+        **{key: stored[key] for key in _RUN_STATE if key in stored},
+        "dp_world_size": 1,
+    }
+
+
+def _configs(folder: Path) -> dict[str, str]:
+    return {
+        path.name: path.read_text(encoding="utf-8", errors="replace")
+        for path in sorted((folder / "configs").glob("*"))
+        if path.is_file()
+    }
