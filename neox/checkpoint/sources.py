@@ -13,7 +13,7 @@ from numpy._core.multiarray import _reconstruct
 from torch import Tensor
 
 from neox.checkpoint.files import load_file
-from neox.errors import CheckpointError
+from neox.errors import CheckpointError, DamageError
 
 _LAYER_FILE = re.compile(r"layer_(\d+)-model_(\d+)-model_states\.pt$")
 _MODEL_FILE = re.compile(r"mp_rank_(\d+)_model_states\.pt$")
@@ -96,7 +96,7 @@ class LayerFiles:
             if rank not in ranks
         ]
         if missing:
-            raise CheckpointError(
+            raise DamageError(
                 f"{folder} is incomplete: its files have {self.tp} shards a layer, but "
                 f"{', '.join(missing[:4])}{' ...' if len(missing) > 4 else ''} "
                 f"{'is' if len(missing) == 1 else 'are'} missing."
@@ -131,7 +131,7 @@ class ModelFiles:
         self.tp = 1 + ranks[-1]
         if missing := sorted(set(range(self.tp)) - set(ranks)):
             names = ", ".join(model_file(folder, rank).name for rank in missing)
-            raise CheckpointError(f"{folder} is incomplete: {names} missing.")
+            raise DamageError(f"{folder} is incomplete: {names} missing.")
         self._paths = [model_file(folder, rank) for rank in ranks]
         named = [_sequential(path) for path in self._paths]
         self._indices = sorted({index for index, _ in named[0]})
@@ -208,4 +208,11 @@ def _sequential(path: Path) -> dict[tuple[int, str], Any]:
 def _today(name: str) -> str:
     for old, new in _RENAMED:
         name = name.replace(old, new)
+    return name
+
+
+def legacy_name(name: str) -> str:
+    """What a tensor was called in the 20B and Pythia era."""
+    for old, new in _RENAMED:
+        name = name.replace(new, old)
     return name

@@ -29,11 +29,16 @@ class RotaryTable:
         return cos.to(like.dtype), sin.to(like.dtype)
 
     def _grow(self, length: int, device: torch.device) -> None:
-        exponents = torch.arange(0, self.dim, 2, dtype=torch.float32) / self.dim
-        frequencies = 1.0 / (self._base**exponents)
-        angles = torch.outer(torch.arange(length, dtype=torch.float32), frequencies)
+        positions = torch.arange(length, dtype=torch.float32)
+        angles = torch.outer(positions, frequencies(self.dim, self._base))
         angles = torch.cat((angles, angles), dim=-1)
         self._cos_TD, self._sin_TD = angles.cos().to(device), angles.sin().to(device)
+
+
+def frequencies(dim: int, base: int) -> Tensor:
+    """By how much each pair of dimensions turns from a position to the next: float32 [dim / 2]."""
+    exponents = torch.arange(0, dim, 2, dtype=torch.float32) / dim
+    return 1.0 / (base**exponents)
 
 
 def rotate(x_SBND: Tensor, cos_SD: Tensor, sin_SD: Tensor) -> Tensor:
