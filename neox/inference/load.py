@@ -46,12 +46,16 @@ def load_model(
     model = layers(config, pad_vocab_size(rows, 1, groups.tp), dtype, groups)
     mine = partition(config.num_layers, groups.pp)[groups.pp_rank]
 
-    with log.progress(total=len(mine), desc="loading", unit="layer") as bar:
+    wanted = model[mine.start : mine.stop]
+    with (
+        log.progress(total=len(wanted), desc="loading", unit="layer") as bar,
+        checkpoint.verifying_ahead(wanted, groups),
+    ):
 
         def fill(module: nn.Module, layer: Layer) -> None:
             checkpoint.load_into(module, layer, groups)
             module.to(groups.device)
             bar.update()
 
-        stage = build_layers(model[mine.start : mine.stop], fill)
+        stage = build_layers(wanted, fill)
     return InferenceModel(config, groups, stage, rows, dtype)
