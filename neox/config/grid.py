@@ -43,15 +43,14 @@ def settle_grid(draft: Draft, config: NeoXConfig, devices: Devices, purpose: str
       memory of one set of libraries.
     - A grid that needs more devices than there are was chosen for its memory. So of the grids that
       divide the model (neox.config.agreement) the one is taken that spreads one copy over the most
-      devices; of several, that with the tp nearest to the given one, which its files have and its
-      machines are wired for; of two as near, the larger tp, since stages wait for one another.
+      devices, and of several, the one whose tp is nearest to the given one.
     - Over several hosts every slot is started, so one copy takes a divisor of their number, and a
       tensor-parallel group stays on one host.
 
     A grid that is changed, or leaves devices unused, is told in one line.
     """
     copy, there = config.tp * config.pp, devices.count
-    if purpose not in FITTED or draft.bad.intersection(SIZES):
+    if purpose not in FITTED:
         one_copy = purpose == "logits" and copy <= there and not devices.all_start
         return copy if one_copy or not there else there
     if not there and copy <= PROCESSES_PER_CORE * devices.cores:
@@ -79,7 +78,7 @@ def _replace_grid(draft: Draft, config: NeoXConfig, devices: Devices) -> int:
         devices = Devices((1,))
     found = choose_grid(config, devices, draft.bad)
     if found is None:
-        return devices.count  # nothing divides this model: the checks say why
+        return copy  # no grid will do, this one included: the checks say why
     for key, size in zip(SIZES, found, strict=True):
         if getattr(config, key) != size:
             draft.settle(key, size, "fitted")
@@ -123,7 +122,7 @@ def advise_grid(config: NeoXConfig, world_size: int, bad: set[str]) -> str:
 
 
 def _by_nearness(choices: list[int], tp: int) -> Iterator[int]:
-    yield from sorted(choices, key=lambda choice: (max(choice, tp) / min(choice, tp), -choice))
+    yield from sorted(choices, key=lambda choice: max(choice, tp) / min(choice, tp))
 
 
 def _on_one_host(tp: int, devices: Devices) -> bool:

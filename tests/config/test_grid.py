@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from neox.config import Devices, NeoXConfig, load_config
+from neox.config import Devices, NeoXConfig, Problem, load_config
 from neox.errors import ConfigError
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -143,12 +143,15 @@ def test_what_was_fitted_is_known_as_such(tmp_path: Path) -> None:
     assert config.is_pipe_parallel and config.pipe_parallel_size == 1
     row = next(row for row in config.describe().splitlines() if row.startswith("pipe_parallel_si"))
     assert row.split() == ["pipe_parallel_size", "1", "fitted"]
+    assert str(Problem("too much", "fitted")) == "too much"
 
 
 def test_no_pipeline_stays_none(tmp_path: Path) -> None:
     zero = "zero_optimization: {stage: 2}\n"
     config = load(model(tmp_path, zero + GRID.format(4, 0)), Devices((2,)))
     assert (config.tp, config.pipe_parallel_size, config.is_pipe_parallel) == (2, 0, False)
+    config = load(model(tmp_path, "model_parallel_size: 4"), Devices((2,)))
+    assert (config.tp, config.origin("pipe_parallel_size")) == (2, "default")
     # Five heads and stage 2, which excludes the pipeline, leave one device for a copy.
     text = model(tmp_path, zero + GRID.format(5, 0)).read_text().replace(" 24", " 5")
     (tmp_path / "a.yml").write_text(text.replace(" 96", " 20"))
@@ -178,6 +181,17 @@ def test_training_is_told_what_would_fit(
         f"a.yml:1: the run has {there.count} processes, but one copy of the model takes "
         f"model_parallel_size (2) x pipe_parallel_size (4) = 8. {advice[there.count]}"
     )
+
+
+def test_the_advice_is_the_next_larger_copy_whatever_else_is_wrong(tmp_path: Path) -> None:
+    path = model(tmp_path, "model_parallel_size: 2\nmin_lr: 1.0\npipe_parallel_size: 1")
+    with pytest.raises(ConfigError) as caught:
+        load(path, Devices((9,)), "train")
+    _, world, rate = str(caught.value).splitlines()
+    assert world.endswith(
+        "Use 8 or 10 processes, or, for 9, model_parallel_size: 3 and pipe_parallel_size: 1."
+    )
+    assert "min_lr" in rate
 
 
 def test_training_takes_every_process(tmp_path: Path) -> None:
@@ -216,8 +230,9 @@ def test_logits_keep_the_grid_and_take_one_copy(tmp_path: Path) -> None:
 def test_a_wrong_value_is_the_only_thing_that_is_told(
     spoiled: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError, match=message) as caught:
         load(model(tmp_path, spoiled), Devices((2,)))
+    assert "problems" not in str(caught.value)
     assert capsys.readouterr().out == ""
 
 
