@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from neox.checkpoint.files import check_crc, save_file
+from neox.checkpoint.hf.files import TransformersFiles
 from neox.checkpoint.manifest import Entry, Manifest
 from neox.checkpoint.sources import (
     LayerFiles,
@@ -27,6 +28,7 @@ from neox.checkpoint.sources import (
     has_model_files,
     layer_file,
 )
+from neox.config.hf import is_transformers
 from neox.errors import CheckpointError
 from neox.model.gpt import Layer, LocalLayers
 from neox.model.layout import ParamLayout
@@ -97,9 +99,11 @@ class Checkpoint:
     def open(cls, directory: Path, iteration: int | None = None) -> Checkpoint:
         """Find the files of a step and check that there are as many shards of every layer.
 
-        Raises CheckpointError, also for files that the manifest lists and are missing or of
-        another size.
+        The directory may also be a transformers folder. Raises CheckpointError, also for files
+        that the manifest lists and are missing or of another size.
         """
+        if iteration is None and is_transformers(directory):
+            return cls(directory, TransformersFiles(directory))
         folder = resolve(directory, iteration)
         manifest = Manifest.read(folder)
         if manifest is not None:
@@ -165,7 +169,7 @@ class Checkpoint:
         The files of the layer are verified before, divided over the ranks that read them. Raises
         CheckpointError.
         """
-        self._verify(layer.file_index, groups)
+        self.verify_layer(layer.file_index, groups)
         parameters = dict(module.named_parameters())
         with torch.no_grad():
             for name, layout, shards in self.tensors(layer):
@@ -175,7 +179,7 @@ class Checkpoint:
         """Read a file through and compare it with its checksum. Raises CheckpointError."""
         if self.manifest is not None:
             self.manifest.check(path)
-        else:
+        elif path.suffix != ".safetensors":  # they hold no checksum
             check_crc(path)
         self.verified.add(path)
 
@@ -197,7 +201,8 @@ class Checkpoint:
                 thread.shutdown(cancel_futures=True)
                 self._pending.clear()
 
-    def _verify(self, index: int, groups: ProcessGroups) -> None:
+    def verify_layer(self, index: int, groups: ProcessGroups) -> None:
+        """`verify_file` of this rank's share of a layer's files. Raises CheckpointError."""
         for path in self._share(index, groups):
             if path in self._pending:
                 self._pending[path].result()

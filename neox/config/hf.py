@@ -52,6 +52,16 @@ _SAME = {
     "use_bias_in_attn_linear": "attention_bias",
 }
 
+# What settles those of NeoX's keys that it calls or counts otherwise; others, the class itself.
+_SETTLE = {
+    "no_weight_tying": "tie_word_embeddings",
+    "activation": "hidden_act",
+    "bias_gelu_fusion": "hidden_act",
+    "num_kv_heads": "num_attention_heads",
+    "expansion_factor": "intermediate_size",
+    "mlp_multiple_of": "intermediate_size",
+}
+
 # Transformers' activations -> `activation` and `bias_gelu_fusion`, which is GELU's tanh form.
 _ACTIVATIONS = {
     "gelu": ("gelu", False),
@@ -81,28 +91,24 @@ def is_transformers(folder: Path) -> bool:
 
 @dataclass(frozen=True)
 class Folder:
-    """What the config.json of a transformers folder says.
-
-    `values` are NeoX's keys; `fixed` those that the class cannot have otherwise, where leaving them
-    out says the same. `said` has config.json's own words for each.
-    """
+    """What the config.json of a transformers folder says: `values` are NeoX's keys."""
 
     path: Path
-    values: Mapping[str, Any]
-    fixed: Mapping[str, Any]
-    said: Mapping[str, str]
+    values: Mapping[str, Any]  # of `ARCHITECTURE`; those that are left out have NeoX's defaults
+    stated: Mapping[str, Any]  # config.json's keys, with transformers' defaults
     vocab_size: int  # rows of the embedding
     precision: str | None  # that the weights were saved in, if told
-
-    @property
-    def config(self) -> Path:
-        return self.path / CONFIG
 
     @property
     def tokenizer(self) -> Path | None:
         """Its tokenizer.json, if it has one."""
         path = self.path / TOKENIZER
         return path if path.is_file() else None
+
+    def said(self, name: str) -> str:
+        """What config.json says that settles NeoX's key `name`, in its own words."""
+        theirs = _SAME.get(name) or _SETTLE.get(name, "model_type")
+        return f"{theirs} is {show(self.stated[theirs])}"
 
 
 def read_folder(folder: Path) -> Folder:
@@ -119,16 +125,8 @@ def read_folder(folder: Path) -> Folder:
         values, problems = _fitting(config)
     if problems:
         raise ConfigError(f"{path}: {' '.join(problems)}")
-    said = {name: f"{theirs}: {show(config[theirs])}" for name, theirs in _SAME.items()}
-    said["no_weight_tying"] = f"tie_word_embeddings: {show(config['tie_word_embeddings'])}"
-    said["activation"] = said["bias_gelu_fusion"] = f"hidden_act: {show(config['hidden_act'])}"
-    fixed = {"num_kv_heads": values["num_attention_heads"], "sliding_window_width": None}
-    if values["gpt_j_residual"]:
-        fixed["gpt_j_tied"] = False
-    for name in (*fixed, "pos_emb", "norm", "use_bias_in_mlp"):
-        said[name] = "model_type: gpt_neox"
     precision = PRECISIONS.get(config.get("dtype") or config.get("torch_dtype") or "")
-    return Folder(folder, values, fixed, said, config["vocab_size"], precision)
+    return Folder(folder, values, config, config["vocab_size"], precision)
 
 
 def read_json(path: Path) -> dict[str, Any]:
