@@ -13,5 +13,9 @@ class CheckpointError(NeoXError):
     """A checkpoint is missing, damaged, or does not fit the configuration."""
 
 
+class DamageError(CheckpointError):
+    """A file of a checkpoint is missing, or is not as it was written."""
+
+
 class DataError(NeoXError):
     """A dataset, tokenizer file or prompt file is missing, damaged, or unusable."""

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from neox.checkpoint.directory import write_checkpoint
+from neox.checkpoint.neox import save_layers
 from neox.config import NeoXConfig, from_dict
+from neox.config.architecture import architecture
 from neox.model.gpt import Layer, LocalLayers, build_layers, layers
 from neox.model.shard import shard
 from neox.parallel.groups import ProcessGroups
@@ -111,6 +115,22 @@ def built(config: NeoXConfig, weights: dict[str, Tensor], groups: ProcessGroups)
     """Every layer of the model on this rank, filled, in order; tied layers share a module."""
     return build_layers(
         model_layers(config, groups), lambda module, layer: fill(module, layer, weights, groups)
+    )
+
+
+def write_model(directory: Path, iteration: int, seed: int = 0, **values: Any) -> Path:
+    """A checkpoint, in `directory`, of BASE with `values` over it; weights of `random_weights`."""
+    config = config_of(**values)
+    stage = built(config, random_weights(config, seed), ProcessGroups.single())
+    return write_checkpoint(
+        directory,
+        iteration,
+        lambda folder: save_layers(folder, stage, ProcessGroups.single()),
+        {"small.yml": "{}"},
+        ProcessGroups.single(),
+        grid={"tp": 1, "pp": 1, "dp": 1},
+        padded_vocab_size=VOCAB,
+        architecture=architecture(config),
     )
 
 

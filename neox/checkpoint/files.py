@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 import torch
 
 from neox.checkpoint.manifest import Entry, Hasher
-from neox.errors import CheckpointError
+from neox.errors import DamageError
 
 
 def load_file(
@@ -21,7 +21,7 @@ def load_file(
     """torch.load that runs no code: tensors, numbers, plain containers, and instances of `classes`.
 
     With `mmap` tensors are views of the file, read when they are touched.
-    Raises CheckpointError for anything else and for every kind of damage.
+    Raises DamageError for anything else and for every kind of damage.
     """
     try:
         # Files of before torch 1.6 are no zip archives, and cannot be mapped.
@@ -29,17 +29,17 @@ def load_file(
         with torch.serialization.safe_globals(list(classes)):
             return torch.load(path, map_location=map_location, mmap=mmap, weights_only=True)
     except pickle.UnpicklingError as error:
-        raise CheckpointError(
+        raise DamageError(
             f"{path} was refused: it is damaged, or holds more than tensors, which could run code."
         ) from error
     except Exception as error:  # an unpickler can stumble over damage in any way
-        raise CheckpointError(f"{path} cannot be read: {_first_line(error)}") from error
+        raise DamageError(f"{path} cannot be read: {_first_line(error)}") from error
 
 
 def check_crc(path: Path) -> None:
     """Read a file of torch's through and compare the checksums that its zip archive carries.
 
-    Files of before torch 1.6 carry none. Raises CheckpointError naming the file.
+    Files of before torch 1.6 carry none. Raises DamageError naming the file.
     """
     try:
         if zipfile.is_zipfile(path):
@@ -50,9 +50,9 @@ def check_crc(path: Path) -> None:
         else:
             damaged = None
     except (OSError, zipfile.BadZipFile, NotImplementedError, ValueError, EOFError) as error:
-        raise CheckpointError(f"{path} is damaged: {_first_line(error)}") from error
+        raise DamageError(f"{path} is damaged: {_first_line(error)}") from error
     if damaged is not None:
-        raise CheckpointError(f"{path} is damaged: the checksum of {damaged} in it is wrong.")
+        raise DamageError(f"{path} is damaged: the checksum of {damaged} in it is wrong.")
 
 
 def save_file(contents: object, path: Path) -> Entry:

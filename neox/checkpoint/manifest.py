@@ -12,7 +12,7 @@ from typing import Any
 import xxhash
 
 from neox.atomic import write_text
-from neox.errors import CheckpointError
+from neox.errors import DamageError
 
 MANIFEST = "manifest.json"
 _FORMAT = 1
@@ -72,14 +72,14 @@ class Manifest:
 
     @classmethod
     def read(cls, folder: Path) -> Manifest | None:
-        """None where there is no manifest. CheckpointError when it is not what was written."""
+        """None where there is no manifest. DamageError when it is not what was written."""
         path = folder / MANIFEST
         try:
-            text = path.read_text(encoding="utf-8")
+            text = path.read_bytes().decode()  # read_text would take one line end for another
         except FileNotFoundError:
             return None
         except (OSError, UnicodeDecodeError) as error:
-            raise CheckpointError(f"{path} is damaged: it cannot be read ({error}).") from error
+            raise DamageError(f"{path} is damaged: it cannot be read ({error}).") from error
         try:
             body = json.loads(text)
             version = body["format"]
@@ -92,11 +92,11 @@ class Manifest:
                 {name: Entry(**entry) for name, entry in body["files"].items()},
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{path} is damaged: it is not as it was written.") from error
+            raise DamageError(f"{path} is damaged: it is not as it was written.") from error
         if version == _FORMAT and manifest._render() != text:  # also a changed blank is a change
-            raise CheckpointError(f"{path} is damaged: it is not as it was written.")
+            raise DamageError(f"{path} is damaged: it is not as it was written.")
         if version != _FORMAT:
-            raise CheckpointError(
+            raise DamageError(
                 f"{path} has format {version!r} and this program reads format {_FORMAT}: it is "
                 "damaged, or of a newer program."
             )
@@ -106,16 +106,16 @@ class Manifest:
         write_text(self.folder / MANIFEST, self._render())
 
     def check_size(self, path: Path) -> None:
-        """Raises CheckpointError when a file is missing, unlisted or of another size."""
+        """Raises DamageError when a file is missing, unlisted or of another size."""
         entry = self._entry(path)
         try:
             size = path.stat().st_size
         except OSError as error:
-            raise CheckpointError(
+            raise DamageError(
                 f"{path} is missing, and the checkpoint's {MANIFEST} lists it ({error.strerror})."
             ) from error
         if size != entry.bytes:
-            raise CheckpointError(
+            raise DamageError(
                 f"{path} is damaged: it has {size:,} bytes and was written with {entry.bytes:,}."
             )
 
@@ -126,14 +126,14 @@ class Manifest:
                 self.check_size(self.folder / name)
 
     def check(self, path: Path) -> None:
-        """`check_size`, and read the file through. Raises CheckpointError when a byte differs."""
+        """`check_size`, and read the file through. Raises DamageError when a byte differs."""
         self.check_size(path)
         try:
             found = digest(path)
         except OSError as error:
-            raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
+            raise DamageError(f"{path} cannot be read: {error.strerror}.") from error
         if found != self._entry(path):
-            raise CheckpointError(
+            raise DamageError(
                 f"{path} is damaged: its checksum is {found.xxh128} and was "
                 f"{self._entry(path).xxh128} when it was written."
             )
@@ -141,7 +141,7 @@ class Manifest:
     def _entry(self, path: Path) -> Entry:
         name = path.relative_to(self.folder).as_posix()
         if name not in self.files:
-            raise CheckpointError(
+            raise DamageError(
                 f"{path} is not part of the checkpoint: its {MANIFEST} does not list it."
             )
         return self.files[name]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from neox.checkpoint.manifest import Entry
 from neox.data.loaders import Batch
 
 
@@ -37,8 +38,12 @@ class Engine(Protocol):
     def eval_batch(self, batches: Iterator[Batch]) -> float:
         """Mean loss over gradient_accumulation_steps micro-batches, without dropout."""
 
-    def save(self, folder: Path, state: dict[str, Any]) -> None:
-        """Write layer files, optimizer state and `state` into `folder`, which exists."""
+    def save(self, folder: Path, state: dict[str, Any]) -> dict[str, Entry]:
+        """Write layer files, optimizer state and `state` into `folder`, which exists.
+
+        Returns what this rank wrote, by file name. Raises OSError on a rank that cannot write, once
+        every rank is through.
+        """
 
     def load_optimizer(self, folder: Path) -> dict[str, Any]:
         """Restore what `save` wrote besides the layer files; return its `state`."""

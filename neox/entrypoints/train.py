@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from neox import log
-from neox.checkpoint.directory import check_writable
+from neox.checkpoint.directory import check_writable, recover
 from neox.checkpoint.neox import Checkpoint
 from neox.checkpoint.vocabulary import padded_vocab_size
 from neox.config import NeoXConfig
@@ -30,6 +30,7 @@ def main(config: NeoXConfig, groups: ProcessGroups) -> None:
         )
     if config.save is not None:
         check_writable(Path(config.save))
+        recover(Path(config.save), groups)
     tokenizer = build_tokenizer(config)
     if config.zero_stage == 0:
         log.info("zero_optimization: stage 0 runs as stage 1, the same arithmetic in less memory")
@@ -59,7 +60,7 @@ def main(config: NeoXConfig, groups: ProcessGroups) -> None:
             )
 
     with RunLog(config, groups, iteration=start.iteration, padded_vocab_size=rows) as run:
-        iteration = train(config, groups, engine, loaders, run, start.iteration)
+        iteration = train(config, groups, engine, loaders, run, start.iteration, rows)
         for chart, data, batches in (
             ("validation", "val", loaders.valid),
             ("test", "test", loaders.test),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -13,6 +14,8 @@ from neox.parallel.topology import Topology
 
 # Long enough for a slow rank to load a big checkpoint, short enough to end a job that hangs.
 TIMEOUT = timedelta(minutes=30)
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,14 @@ class ProcessGroups:
         """Wait for every rank. Collective over the world; nothing in one process."""
         if self.world_size > 1:
             dist.barrier()
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's small, picklable `value`, by rank. Collective over the world."""
+        if self.world_size == 1:
+            return [value]
+        values: list[T] = [value] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
 
 
 def initialize(topology: Topology, backend: str, device: torch.device) -> ProcessGroups:

@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from neox.checkpoint.directory import keep_last, write_checkpoint
+from neox.checkpoint.verify import HAS_MANIFEST
 from neox.config import NeoXConfig
+from neox.config.architecture import architecture
 from neox.data.loaders import Batch, Loaders
 from neox.engine.base import Engine
 from neox.parallel.groups import ProcessGroups
@@ -24,6 +26,7 @@ def train(
     loaders: Loaders,
     run: RunLog,
     iteration: int,
+    padded_vocab_size: int,
 ) -> int:
     """Train from `iteration` finished steps to `train_iters`; return the steps then finished.
 
@@ -31,7 +34,7 @@ def train(
     """
     assert config.train_iters is not None and loaders.train is not None, "checked before"
     if iteration == 0 and is_save_iteration(config, 0):
-        save(config, groups, engine, run, 0)
+        save(config, groups, engine, run, 0, padded_vocab_size)
     while iteration < config.train_iters:
         iteration += 1
         started = time.perf_counter()
@@ -50,7 +53,7 @@ def train(
         if loaders.valid is not None and iteration % config.eval_interval == 0:
             run.evaluation("validation", iteration, evaluate(config, engine, loaders.valid))
         if is_save_iteration(config, iteration):
-            save(config, groups, engine, run, iteration)
+            save(config, groups, engine, run, iteration, padded_vocab_size)
         if config.exit_interval and iteration % config.exit_interval == 0:
             break
     return iteration
@@ -65,18 +68,30 @@ def evaluate(config: NeoXConfig, engine: Engine, batches: Iterator[Batch]) -> di
 
 
 def save(
-    config: NeoXConfig, groups: ProcessGroups, engine: Engine, run: RunLog, iteration: int
+    config: NeoXConfig,
+    groups: ProcessGroups,
+    engine: Engine,
+    run: RunLog,
+    iteration: int,
+    padded_vocab_size: int,
 ) -> None:
-    """Write a checkpoint and prune old ones. Collective over the world."""
+    """Write a checkpoint and prune old ones. Collective over the world. CheckpointError."""
     assert config.save is not None
     directory = Path(config.save)
-    state = {"iteration": iteration, "optimizer_type": config.optimizer_type}
+    state = {
+        "iteration": iteration,
+        "optimizer_type": config.optimizer_type,
+        HAS_MANIFEST: True,
+    }
     folder = write_checkpoint(
         directory,
         iteration,
         lambda aside: engine.save(aside, state),
         config.config_files or {},
         groups,
+        grid={"tp": groups.tp, "pp": groups.pp, "dp": groups.dp},
+        padded_vocab_size=padded_vocab_size,
+        architecture=architecture(config),
     )
     if config.keep_last_n_checkpoints:
         keep_last(directory, config.keep_last_n_checkpoints, groups)

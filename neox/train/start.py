@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from neox import log
+from neox.checkpoint.directory import has_its_files, steps
 from neox.checkpoint.neox import Checkpoint
 from neox.checkpoint.optimizer_files import OptimizerFiles, optimizer_files
+from neox.checkpoint.verify import telling_another, verify
 from neox.config import NeoXConfig
-from neox.errors import CheckpointError
+from neox.errors import CheckpointError, DamageError
 from neox.parallel.groups import ProcessGroups
 
 
@@ -25,7 +27,10 @@ class Start:
 def find_start(config: NeoXConfig, groups: ProcessGroups) -> Start:
     """Decide from `load`, `iteration`, `finetune` and what the checkpoint holds; say it in a line.
 
-    Raises CheckpointError. Not collective: every rank sees the same files and decides the same.
+    The files that will be read are verified. A damaged checkpoint is never used: a run that just
+    goes on takes the newest older one that is whole, with a warning. Where a certain one is asked
+    for, by `iteration` or for fine-tuning, it is an error. Collective over the world: the ranks
+    share the verification. Raises CheckpointError.
     """
     if config.load is None:
         return Start()
@@ -33,7 +38,11 @@ def find_start(config: NeoXConfig, groups: ProcessGroups) -> Start:
     if config.iteration is None and _is_own(config) and not _holds_checkpoints(directory):
         log.info(f"load: no checkpoint in {directory} yet, starting from fresh weights")
         return Start()
-    checkpoint = Checkpoint.open(directory, config.iteration)
+    weights_only = config.finetune or config.no_load_optim
+    if config.iteration is None and not config.finetune:
+        checkpoint = _newest_whole(directory, weights_only, groups)
+    else:
+        checkpoint = _whole(directory, config.iteration, weights_only, groups)
     if config.finetune:
         log.info(f"finetune: weights of {checkpoint.folder}, fresh optimizer, iteration 0")
         return Start(0, checkpoint)
@@ -54,6 +63,72 @@ def find_start(config: NeoXConfig, groups: ProcessGroups) -> Start:
         )
     log.info(f"resuming {checkpoint.folder} at iteration {iteration}")
     return Start(iteration, checkpoint, with_optimizer=True)
+
+
+def _newest_whole(directory: Path, weights_only: bool, groups: ProcessGroups) -> Checkpoint:
+    """What `latest` names, or where that is damaged the newest older one that is not."""
+    candidates = _candidates(directory)
+    if not candidates:
+        return _whole(directory, None, weights_only, groups)
+    damaged = []
+    for folder in candidates:
+        problems = verify(folder, groups, weights_only=weights_only)
+        if not problems:
+            return _verified(Checkpoint.open(folder))
+        damaged.append(_told(problems))
+        log.warning(f"load: {folder.name} is damaged, and not used: {damaged[-1]}")
+    raise CheckpointError(
+        f"load: no checkpoint in {directory} can be resumed. {' '.join(damaged[:3])}"
+    )
+
+
+def _candidates(directory: Path) -> list[Path]:
+    """The step folders to resume from, in order of preference; none where there are no steps."""
+    found = steps(directory) if directory.is_dir() else []
+    if not found:
+        return []
+    try:
+        name = (directory / "latest").read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:
+        name = ""
+    named = directory / name
+    if named not in found:
+        if name and named.is_dir():
+            return [named]  # not a step by its name, so none is known to be older
+        what = f"names {name}, which is not there" if name else "is missing or empty"
+        log.warning(f"load: `latest` in {directory} {what}: looking for the newest checkpoint")
+        return found
+    at = found.index(named)
+    newer = [folder.name for folder in found[:at] if has_its_files(folder)]
+    if newer:
+        log.info(
+            f"load: `latest` in {directory} names {name}, which is used, although {newer[0]} is "
+            "there too; --iteration N would choose it"
+        )
+    return found[at:]
+
+
+def _whole(
+    directory: Path, iteration: int | None, weights_only: bool, groups: ProcessGroups
+) -> Checkpoint:
+    """The one that is asked for. Raises CheckpointError when it is damaged."""
+    with telling_another(directory, iteration, groups):
+        checkpoint = Checkpoint.open(directory, iteration)
+        problems = verify(checkpoint.folder, groups, weights_only=weights_only)
+        if problems:
+            raise DamageError(_told(problems))
+    return _verified(checkpoint)
+
+
+def _told(problems: list[str]) -> str:
+    more = f" There are {len(problems) - 2} more such files." if len(problems) > 2 else ""
+    return f"{' '.join(problems[:2])}{more}"
+
+
+def _verified(checkpoint: Checkpoint) -> Checkpoint:
+    for index in checkpoint.indices:
+        checkpoint.verified.update(checkpoint.source.files(index))
+    return checkpoint
 
 
 def _holds_checkpoints(directory: Path) -> bool:

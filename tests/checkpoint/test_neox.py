@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import resource
-import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,32 +9,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from neox.checkpoint.directory import check_writable, keep_last, write_checkpoint
-from neox.checkpoint.neox import Checkpoint, layer_file, save_layer
+from neox.checkpoint.manifest import MANIFEST
+from neox.checkpoint.neox import Checkpoint, layer_file
 from neox.errors import CheckpointError
 from neox.model.shard import file_shard, shard
 from neox.parallel.groups import ProcessGroups
-from tests.models import built, config_of, model_layers, random_weights
+from tests.models import config_of, model_layers, random_weights, write_model
 
 SINGLE = ProcessGroups.single()
 
 
 @pytest.fixture
 def directory(tmp_path: Path) -> Path:
-    write(tmp_path, 7, seed=7)
+    """As upstream writes it: without a manifest."""
+    (write_model(tmp_path, 7, seed=7) / MANIFEST).unlink()
     return tmp_path
-
-
-def write(directory: Path, iteration: int, seed: int = 0, **values: object) -> None:
-    config = config_of(**values)
-    stage = built(config, random_weights(config, seed), SINGLE)
-
-    def save(folder: Path) -> None:
-        for layer, module in stage:
-            if layer.has_parameters:
-                save_layer(folder, layer, module, SINGLE)
-
-    write_checkpoint(directory, iteration, save, {"small.yml": "{}"}, SINGLE)
 
 
 def read_all(checkpoint: Checkpoint, **values: object) -> None:
@@ -84,7 +71,7 @@ def test_a_step_folder_may_be_given_itself(directory: Path) -> None:
 
 
 def test_an_iteration_may_be_chosen(directory: Path) -> None:
-    write(directory, 9)
+    write_model(directory, 9)
     assert Checkpoint.open(directory).iteration == 9
     assert Checkpoint.open(directory, 7).iteration == 7
 
@@ -212,68 +199,7 @@ def test_a_pickle_does_not_run(directory: Path, tmp_path: Path, zipped: bool) ->
     assert not ran.exists()
 
 
-def test_a_save_that_fails_leaves_the_last_one(directory: Path) -> None:
-    def fail(folder: Path) -> None:
-        (folder / "part").write_text("x")
-        raise OSError(28, "No space left on device")
-
-    with pytest.raises(CheckpointError, match=r"iteration 8 .* No space left .* untouched"):
-        write_checkpoint(directory, 8, fail, {}, SINGLE)
-    assert Checkpoint.open(directory).iteration == 7
-    assert not (directory / "global_step8").exists()
-
-
 def test_a_model_two_layers_short_is_told_to_check_num_layers(tmp_path: Path) -> None:
-    write(tmp_path, 1, num_layers=4)
+    write_model(tmp_path, 1, num_layers=4)
     with pytest.raises(CheckpointError, match=r"lacks norm\.bias, .* Check num_layers"):
         read_all(Checkpoint.open(tmp_path), num_layers=2)
-
-
-def test_a_full_disk_is_told_as_the_system_tells_it(directory: Path) -> None:
-    _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
-    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, most))
-    try:
-        with pytest.raises(CheckpointError, match=r"iteration 8 .*: File too large\. Earlier"):
-            write(directory, 8)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
-        signal.signal(signal.SIGXFSZ, before)
-    assert Checkpoint.open(directory).iteration == 7
-
-
-@pytest.mark.parametrize("below", [".", "further/down"])
-def test_a_save_folder_that_cannot_be_is_known_at_once(tmp_path: Path, below: str) -> None:
-    (tmp_path / "file").touch()
-    with pytest.raises(CheckpointError, match=r"save: checkpoints cannot be written to .*file"):
-        check_writable(tmp_path / "file" / below)
-    check_writable(tmp_path / "new" / "folder")
-    assert list((tmp_path / "new" / "folder").iterdir()) == []
-
-
-def test_a_step_may_be_saved_again(directory: Path) -> None:
-    write(directory, 7, seed=1)
-    layer = model_layers(config_of(), SINGLE)[0]
-    read = Checkpoint.open(directory).read(layer, SINGLE)["word_embeddings.weight"]
-    assert torch.equal(read, random_weights(config_of(), 1)["0.word_embeddings.weight"])
-
-
-def test_only_the_newest_are_kept(directory: Path) -> None:
-    for iteration in (9, 10, 100):
-        write(directory, iteration)
-    keep_last(directory, 2, SINGLE)
-    assert sorted(p.name for p in directory.glob("global_step*")) == [
-        "global_step10",
-        "global_step100",
-    ]
-
-
-def test_the_one_just_written_is_kept_after_going_back_to_an_earlier_step(directory: Path) -> None:
-    for iteration in (9, 10, 8):
-        write(directory, iteration)
-    keep_last(directory, 2, SINGLE)
-    assert sorted(p.name for p in directory.glob("global_step*")) == [
-        "global_step10",
-        "global_step8",
-    ]
-    assert Checkpoint.open(directory).iteration == 8

@@ -10,10 +10,11 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from neox.checkpoint.directory import write_checkpoint
-from neox.checkpoint.neox import save_layer
+from neox.checkpoint.neox import save_layers
+from neox.config.architecture import architecture
 from neox.errors import CheckpointError
 from neox.inference.load import load_model
-from neox.model.gpt import layers
+from neox.model.gpt import build_layers, layers
 from neox.model.init import initialize as fill_weights
 from neox.parallel.groups import ProcessGroups, initialize
 from neox.parallel.topology import Topology
@@ -28,16 +29,20 @@ TOKENS = torch.arange(12)[None] % VOCAB
 @pytest.fixture(params=[{}, {"no_weight_tying": False, "gpt_j_residual": False}], ids=str)
 def saved(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[dict, Path]:
     config = config_of(**request.param)
-    model = layers(config, VOCAB, torch.float32, SINGLE)
-
-    def write(folder: Path) -> None:
-        for layer in model:
-            if layer.has_file:
-                module = layer.build()
-                fill_weights(module, layer, config, 1, SINGLE)
-                save_layer(folder, layer, module, SINGLE)
-
-    write_checkpoint(tmp_path, 1, write, {}, SINGLE)
+    stage = build_layers(
+        layers(config, VOCAB, torch.float32, SINGLE),
+        lambda module, layer: fill_weights(module, layer, config, 1, SINGLE),
+    )
+    write_checkpoint(
+        tmp_path,
+        1,
+        lambda folder: save_layers(folder, stage, SINGLE),
+        {},
+        SINGLE,
+        grid={"tp": 1, "pp": 1, "dp": 1},
+        padded_vocab_size=VOCAB,
+        architecture=architecture(config),
+    )
     return request.param, tmp_path
 
 

@@ -1,0 +1,176 @@
+"""Whether a checkpoint is as it was written, and which one in a directory is."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from neox import log
+from neox.checkpoint.directory import steps
+from neox.checkpoint.files import check_crc
+from neox.checkpoint.manifest import MANIFEST, Manifest
+from neox.checkpoint.neox import Checkpoint, resolve
+from neox.checkpoint.optimizer_files import optimizer_files
+from neox.checkpoint.sources import load_model_file
+from neox.config.hf import is_transformers
+from neox.errors import CheckpointError, DamageError
+from neox.parallel.groups import ProcessGroups
+
+# Stands in the mp_rank files of a checkpoint that was written with a manifest.
+HAS_MANIFEST = "has_manifest"
+
+_CHECKPOINT_FILE = re.compile(r"(layer_|mp_rank_|(bf16_)?zero_pp_rank_).*\.pt$")
+_OPTIMIZER_FILE = re.compile(r"(bf16_)?zero_pp_rank_.*\.pt$")
+_MIB = 1 << 20
+
+
+def verify(
+    folder: Path, groups: ProcessGroups | None = None, *, weights_only: bool = False
+) -> list[str]:
+    """What is wrong in a step folder, a line for each file; nothing when it is as it was written.
+
+    Every file is read through and compared with the manifest. Without one (upstream writes none)
+    the CRC-32 in torch's zip archives is recomputed, the files are opened, and their names must
+    leave no gap. `weights_only` leaves out the optimizer's state.
+
+    Collective over the world of `groups`, whose ranks share the work; None for this process alone.
+    """
+    groups = groups or ProcessGroups.single()
+    try:
+        manifest = _read_manifest(folder)
+        names = _names(folder, manifest, weights_only)
+    except CheckpointError as error:
+        return [str(error)]
+    sizes = {name: _size(folder / name) for name in names}
+    by_size = sorted(names, key=lambda name: sizes[name], reverse=True)
+    mine = by_size[groups.rank :: groups.world_size]
+    total = sum(sizes[name] for name in mine) // _MIB
+    problems = []
+    with log.progress(total=total, desc=f"verifying {folder.name}", unit=" MiB") as bar:
+        for name in mine:
+            try:
+                if manifest is not None:
+                    manifest.check(folder / name)
+                else:
+                    check_crc(folder / name)
+            except CheckpointError as error:
+                problems.append(str(error))
+            bar.update(sizes[name] // _MIB)
+    found = [problem for share in groups.gather(problems) for problem in share]
+    if not found and manifest is None:
+        found = _contradictions(folder, weights_only)
+    return sorted(found)
+
+
+def newest_valid(
+    directory: Path, besides: Path, groups: ProcessGroups | None = None
+) -> Path | None:
+    """The highest step whose weights are as they were written, other than the folder `besides`.
+
+    Collective over the world of `groups`; None for this process alone.
+    """
+    for folder in steps(directory):
+        if folder.name != besides.name and not verify(folder, groups, weights_only=True):
+            return folder
+    return None
+
+
+@contextlib.contextmanager
+def telling_another(
+    directory: Path, iteration: int | None, groups: ProcessGroups | None = None
+) -> Iterator[None]:
+    """Around the use of a checkpoint: a DamageError then tells which other one is whole.
+
+    `groups` for what every rank raises alike, and then looks for together; None for this process
+    alone.
+    """
+    try:
+        yield
+    except DamageError as error:
+        if is_transformers(directory):
+            raise
+        folder = resolve(directory, iteration)
+        valid = newest_valid(folder.parent, folder, groups)
+        if valid is None:
+            other = f"No other checkpoint in {folder.parent} is whole."
+        else:
+            step = valid.name.removeprefix("global_step")
+            other = f"The newest other one that is whole is {valid}: use --iteration {step}."
+        raise CheckpointError(f"{error} {other}") from error
+
+
+def _read_manifest(folder: Path) -> Manifest | None:
+    """None where the checkpoint was written without one. Raises CheckpointError."""
+    manifest = Manifest.read(folder)
+    step = re.fullmatch(r"global_step(\d+)", folder.name)
+    if manifest is None:
+        for path in sorted(folder.glob("mp_rank_*_model_states.pt")):
+            if _was_written_with_one(path):
+                raise DamageError(
+                    f"{folder / MANIFEST} is missing: {path.name} was written with it."
+                )
+    elif step and int(step[1]) != manifest.iteration:
+        raise DamageError(
+            f"{folder / MANIFEST} is that of iteration {manifest.iteration}, which does not go "
+            "with the folder's name."
+        )
+    return manifest
+
+
+def _was_written_with_one(path: Path) -> bool:
+    try:
+        return bool(load_model_file(path).get(HAS_MANIFEST))
+    except CheckpointError:
+        return False  # damage of the file itself is found where the file is needed
+
+
+def _names(folder: Path, manifest: Manifest | None, weights_only: bool) -> list[str]:
+    """The files to verify, relative to `folder`. CheckpointError for one that does not belong."""
+    present = {path.name for path in folder.iterdir() if _CHECKPOINT_FILE.match(path.name)}
+    if manifest is None:
+        names = present | {path.name for path in folder.glob("*.bin")}
+    else:
+        names = set(manifest.files)
+        if strange := sorted(present - names):
+            raise DamageError(
+                f"{folder / strange[0]} does not belong to the checkpoint: {MANIFEST} does not "
+                "list it."
+            )
+    if weights_only:
+        layers = {name for name in names if name.startswith("layer_")}
+        names = layers or {name for name in names if not _OPTIMIZER_FILE.match(name)}
+    return sorted(names)
+
+
+def _contradictions(folder: Path, weights_only: bool) -> list[str]:
+    """What is wrong with files whose checksums are right, by their names and contents."""
+    try:
+        checkpoint = Checkpoint.open(folder)
+        for index in checkpoint.indices:
+            checkpoint.shards(index)
+        if not weights_only:
+            optimizer_files(folder, checkpoint.tp)
+            for path in folder.glob("mp_rank_*_model_states.pt"):
+                load_model_file(path)
+    except CheckpointError as error:
+        return [str(error)]
+    found = set(checkpoint.indices)
+    depth = 0
+    while depth + 2 in found:
+        depth += 1
+    needed = {0, *range(2, depth + 2), depth + 3}  # and depth + 4, an output projection of its own
+    if not needed <= found <= needed | {depth + 4}:
+        return [
+            f"{folder} is incomplete: it holds the layers {', '.join(map(str, sorted(found)))}, "
+            "and a model's are 0, 2 to L + 1, L + 3 and, unless it is tied, L + 4."
+        ]
+    return []
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
