@@ -42,7 +42,15 @@ def progress(*, total: int, desc: str, unit: str = "it", initial: int = 0):
     from tqdm import tqdm
 
     shown = _rank == 0 and sys.stderr.isatty()
-    return tqdm(total=total, desc=desc, unit=unit, initial=initial, disable=not shown, leave=False)
+    return tqdm(
+        total=total,
+        desc=desc,
+        unit=unit,
+        unit_scale=unit == "B",
+        initial=initial,
+        disable=not shown,
+        leave=False,
+    )
 
 
 def quiet_third_parties() -> None:
