@@ -30,7 +30,8 @@ DOORS = {
     "yaml": ("neox.config",),
     "tqdm": ("neox.log", "neox.evaluation.adapter"),  # there for the type of a bar
     "torch": ABOVE_CONFIG,
-    "numpy": ("neox.data", "neox.checkpoint"),
+    # neox.inference.logits: arrays in and out, for other programs
+    "numpy": ("neox.data", "neox.checkpoint", "neox.inference.logits"),
     "megatron": ("neox.parallel", "neox.data"),
     "deepspeed": ("neox.engine",),
     "transformers": ("neox.checkpoint.hf",),

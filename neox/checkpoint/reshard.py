@@ -18,7 +18,8 @@ from neox.checkpoint.directory import write_checkpoint
 from neox.checkpoint.files import save_file
 from neox.checkpoint.manifest import Entry
 from neox.checkpoint.neox import Checkpoint
-from neox.checkpoint.sources import Shard, layer_file, load_model_file, model_file
+from neox.checkpoint.run_state import save_run_state
+from neox.checkpoint.sources import layer_file, load_model_file, model_file
 from neox.checkpoint.vocabulary import check_tokens, padded_vocab_size
 from neox.config import NeoXConfig
 from neox.config.architecture import architecture
@@ -29,15 +30,7 @@ from neox.model.shard import file_shard
 from neox.model.shard import reshard as cut
 from neox.parallel.groups import ProcessGroups
 
-# What a run goes on from besides weights and optimizer state, as upstream calls it.
-_RUN_STATE = (
-    "iteration",
-    "global_steps",
-    "global_samples",
-    "skipped_steps",
-    "lr_scheduler",
-    "args",
-)
+_SINGLE = ProcessGroups.single()
 
 
 def choose_rows(
@@ -84,7 +77,7 @@ def reshard(
     files. Optimizer state is left behind, with a line about it. Not collective, one process.
     Raises CheckpointError.
     """
-    model = layers(config, rows, torch.float32, ProcessGroups.single())
+    model = layers(config, rows, torch.float32, _SINGLE)
     with_files = [layer for layer in model if layer.has_file]
     check_layers(checkpoint, with_files)
     if (directory / checkpoint.folder.name).resolve() == checkpoint.folder.resolve():
@@ -93,27 +86,31 @@ def reshard(
 
     def write(folder: Path) -> Mapping[str, Entry]:
         written = {}
-        with log.progress(total=len(with_files) * config.tp, desc="writing", unit="file") as bar:
+        total = len(with_files) * config.tp
+        with (
+            checkpoint.verifying_ahead(with_files, _SINGLE),
+            log.progress(total=total, desc="writing", unit="file") as bar,
+        ):
             for layer in with_files:
-                _verify(checkpoint, layer)
+                checkpoint.verify_layer(layer.index, _SINGLE)
                 for rank in range(config.tp):
-                    tensors = dict(
-                        _file_tensors(checkpoint, layer, rank, config.tp, todays_names, dtype)
-                    )
                     path = layer_file(folder, layer.index, rank)
-                    written[path.name] = save_file(tensors, path)
+                    # In one expression, for what was written to be freed before the next is read.
+                    written[path.name] = save_file(
+                        dict(
+                            _file_tensors(checkpoint, layer, rank, config.tp, todays_names, dtype)
+                        ),
+                        path,
+                    )
                     bar.update()
-        for rank in range(config.tp):
-            path = model_file(folder, rank)
-            written[path.name] = save_file({**run_state, "mp_world_size": config.tp}, path)
-        return written
+        return written | save_run_state(folder, checkpoint.iteration, config.tp, run_state)
 
     return write_checkpoint(
         directory,
         checkpoint.iteration,
         write,
         _configs(checkpoint.folder),
-        ProcessGroups.single(),
+        _SINGLE,
         grid={"tp": config.tp, "pp": 1, "dp": 1},
         padded_vocab_size=rows,
         architecture=architecture(config),
@@ -174,34 +171,18 @@ def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     )
 
 
-def _verify(checkpoint: Checkpoint, layer: Layer) -> None:
-    for path in checkpoint.source.files(layer.index):
-        if path not in checkpoint.verified:
-            checkpoint.verify_file(path)
-
-
 def _run_state(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What an mp_rank file holds besides weights and optimizer state; the latter stays behind."""
+    """What the checkpoint's first mp_rank file holds; {} without one. Says what stays behind."""
     path = model_file(checkpoint.folder, 0)
-    stored: dict[str, Any] = {}
+    state: dict[str, Any] = {}
     if path.is_file():
         try:
-            stored = load_model_file(path)
+            state = load_model_file(path)
         except CheckpointError as error:
             log.warning(f"{error} The new files have the iteration and no more of it.")
-    if stored.get("optimizer") or any(checkpoint.folder.glob("*_optim_states.pt")):
+    if state.get("optimizer") or any(checkpoint.folder.glob("*_optim_states.pt")):
         log.info(f"the optimizer state of {checkpoint.folder} is left behind")
-    return {
-        "module": None,
-        "optimizer": None,
-        "lr_scheduler": None,
-        "iteration": checkpoint.iteration,
-        "global_steps": checkpoint.iteration,
-        "global_samples": 0,
-        "skipped_steps": 0,
-        **{key: stored[key] for key in _RUN_STATE if key in stored},
-        "dp_world_size": 1,
-    }
+    return state
 
 
 def _configs(folder: Path) -> dict[str, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from neox import log
@@ -16,9 +16,14 @@ from neox.errors import NeoXError
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run a command line; return the exit status. What the user did wrong is one line and 2."""
+    """Run a command line; return the exit status."""
+    return exit_status(lambda: _run(parse(argv)))
+
+
+def exit_status(run: Callable[[], int]) -> int:
+    """What `run` returns or, for an error, its status. What the user did wrong is one line and 2."""
     try:
-        return _run(parse(argv))
+        return run()
     except NeoXError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

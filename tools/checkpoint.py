@@ -1,0 +1,225 @@
+#!/usr/bin/env python3
+"""Look at checkpoints, check, compare, convert, reshard and make them, and compute their logits.
+
+    python tools/checkpoint.py inspect 20B_checkpoints
+    python tools/checkpoint.py verify 20B_checkpoints
+    python tools/checkpoint.py diff checkpoints/run1 checkpoints/run2 --iteration 5000
+    python tools/checkpoint.py convert 20B_checkpoints --to transformers --output 20B_hf
+    python tools/checkpoint.py convert pythia-1b --to neox --model_parallel_size 2 --output pythia
+    python tools/checkpoint.py reshard 20B_checkpoints --model_parallel_size 1 --output 20B_mp1
+    python tools/checkpoint.py synthesize --config configs/20B.yml --num_layers 8 --output slice
+    python tools/checkpoint.py logits --config configs/20B.yml --tokens ids.npz --output out.npz
+
+A FOLDER holds `latest` and the global_step folders, or is one of those, or is a transformers
+folder. Where a command has to know the architecture, it is read from the checkpoint: from its
+manifest or its configs folder; --config names the YAML files where neither is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from neox import log
+from neox.cluster.main import exit_status
+from neox.config import NeoXConfig, Override, from_dict, load_config, parse_set
+
+if TYPE_CHECKING:
+    from neox.checkpoint.neox import Checkpoint
+
+# torch is imported inside the functions: `logits` sets up each process before it is.
+
+PRECISIONS = ("fp16", "bfloat16", "fp32")
+TOKENS_OF_20B = 50277
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = build_parser().parse_args(arguments)
+    log.quiet_third_parties()
+    return exit_status(lambda: options.run(options))
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    command = _command(commands, "reshard", run_reshard, "change the number of shards, no value")
+    _add_source(command)
+    _add_output(command)
+    _add_shards(command, required=True)
+    _add_config(command)
+    command.add_argument(
+        "--padded_vocab_size", type=int, metavar="V", help="rows to pad or trim the vocabulary to"
+    )
+
+    command = _command(commands, "synthesize", run_synthesize, "write random weights")
+    command.add_argument("--config", nargs="+", type=Path, required=True, metavar="YAML")
+    for key in ("num_layers", "hidden_size", "num_attention_heads", "seed"):
+        command.add_argument(f"--{key}", type=int, metavar="N", help="instead of the configuration's")
+    _add_shards(command, required=False)
+    command.add_argument("--dtype", choices=PRECISIONS, help="default: the configuration's")
+    command.add_argument(
+        "--vocab_size",
+        type=int,
+        metavar="TOKENS",
+        help="before padding; default: the tokenizer's where its file is there, else 20B's "
+        f"{TOKENS_OF_20B}",
+    )
+    command.add_argument(
+        "--legacy_names",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="20B's names and buffers (dense_h_to_4h, inv_freq), or those of today's upstream",
+    )
+    _add_set(command)
+    _add_output(command)
+
+    command = _command(commands, "logits", run_logits, "logits in fp32 for given token ids")
+    command.add_argument("--config", nargs="+", type=Path, required=True, metavar="YAML")
+    command.add_argument(
+        "--tokens", required=True, metavar="NPZ", help="token ids: integers [batch, length]"
+    )
+    command.add_argument(
+        "--output", required=True, metavar="NPZ", help="`logits`, float32 [batch, length, rows]"
+    )
+    command.add_argument("--load", metavar="FOLDER", help="instead of the configuration's")
+    command.add_argument("--iteration", type=int, metavar="N", help="default: the latest")
+    _add_set(command)
+    return parser
+
+
+def _command(commands: Any, name: str, run: Any, summary: str) -> argparse.ArgumentParser:
+    command = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:])
+    command.set_defaults(run=run)
+    return command
+
+
+def _add_source(command: argparse.ArgumentParser) -> None:
+    command.add_argument("folder", type=Path, metavar="FOLDER")
+    command.add_argument("--iteration", type=int, metavar="N", help="default: the latest")
+
+
+def _add_output(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--output", type=Path, required=True, metavar="FOLDER")
+
+
+def _add_shards(command: argparse.ArgumentParser, *, required: bool) -> None:
+    command.add_argument("--model_parallel_size", type=int, required=required, metavar="N")
+
+
+def _add_config(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--config", nargs="+", type=Path, metavar="YAML", help="where the checkpoint cannot tell"
+    )
+
+
+def _add_set(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a key; repeatable"
+    )
+
+
+def run_reshard(options: argparse.Namespace) -> int:
+    from neox.checkpoint.neox import Checkpoint
+    from neox.checkpoint.reshard import choose_rows, reshard
+
+    checkpoint = Checkpoint.open(options.folder, options.iteration)
+    config = config_of(checkpoint, options.config, options.model_parallel_size)
+    rows = choose_rows(checkpoint, config, options.padded_vocab_size, tokenizer_size(config))
+    folder = reshard(checkpoint, options.output, config, rows)
+    log.info(f"{folder}: {config.tp} shards of {checkpoint.folder}'s {checkpoint.tp}")
+    return 0
+
+
+def run_synthesize(options: argparse.Namespace) -> int:
+    from neox.checkpoint.synthesize import synthesize
+    from neox.model.layout import pad_vocab_size
+
+    keys = ("num_layers", "hidden_size", "num_attention_heads", "seed", "model_parallel_size")
+    given = {key: getattr(options, key) for key in keys} | {"precision": options.dtype}
+    given["pipe_parallel_size"] = 1  # files are the same at any
+    config = load_config(
+        options.config,
+        overrides(options, {key: value for key, value in given.items() if value is not None}),
+        check_files=False,
+    )
+    tokens = options.vocab_size or tokenizer_size(config)
+    if tokens is None:
+        tokens = TOKENS_OF_20B
+        log.info(f"vocabulary: {tokens} tokens, as 20B's (--vocab_size); there is no tokenizer")
+    rows = pad_vocab_size(tokens, config.make_vocab_size_divisible_by, config.tp)
+    folder = synthesize(options.output, config, rows, legacy_names=options.legacy_names)
+    log.info(f"{folder}: {config.num_layers} layers, {rows} rows, {config.tp} shards")
+    return 0
+
+
+def run_logits(options: argparse.Namespace) -> int:
+    from neox.cluster.launch import find_devices, launch, make_plan
+
+    given = {
+        "load": options.load,
+        "iteration": options.iteration,
+        "sample_input_file": options.tokens,
+        "sample_output_file": options.output,
+    }
+    config = load_config(
+        options.config,
+        overrides(options, {key: value for key, value in given.items() if value is not None}),
+        purpose="logits",
+        world_size=find_devices,
+    )
+    status = launch("logits", None, config, make_plan(config))
+    if status == 0:
+        log.info(f"{options.output}: logits at tp {config.tp} x pp {config.pp}")
+    return status
+
+
+def overrides(options: argparse.Namespace, flags: Mapping[str, Any]) -> dict[str, Override]:
+    """What the flags and, over them, --set make of the configuration."""
+    found = {key: Override(value, _FLAGS.get(key, f"--{key}")) for key, value in flags.items()}
+    for assignment in options.set:
+        key, value = parse_set(assignment)
+        found[key] = Override(value, "--set")
+    return found
+
+
+_FLAGS = {
+    "precision": "--dtype",
+    "sample_input_file": "--tokens",
+    "sample_output_file": "--output",
+}
+
+
+def config_of(checkpoint: Checkpoint, files: Sequence[Path] | None, tp: int) -> NeoXConfig:
+    """The checkpoint's architecture at `tp` shards: from `files`, or from itself."""
+    from neox.checkpoint.architecture import check_architecture, describe
+
+    if files:
+        grid = {"model_parallel_size": tp, "pipe_parallel_size": 1}
+        flags = {key: Override(value, f"--{key}") for key, value in grid.items()}
+        config = load_config(files, flags, check_files=False)
+        check_architecture(config, checkpoint)
+        return config
+    values = describe(checkpoint)
+    length = values["max_position_embeddings"]
+    return from_dict({**values, "seq_length": length, "model_parallel_size": tp}, world_size=tp)
+
+
+def tokenizer_size(config: NeoXConfig) -> int | None:
+    """How many tokens the configuration's tokenizer has; None where it has none, or no file."""
+    from neox.tokenizer import build_tokenizer
+
+    if config.vocab_file is None or not Path(config.vocab_file).exists():
+        return None
+    return build_tokenizer(config).vocab_size
+
+
+if __name__ == "__main__":
+    sys.exit(main())
