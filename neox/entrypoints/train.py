@@ -6,6 +6,7 @@ from pathlib import Path
 
 from neox import log
 from neox.checkpoint.directory import check_writable, recover
+from neox.checkpoint.lock import saving_alone
 from neox.checkpoint.neox import Checkpoint
 from neox.checkpoint.vocabulary import padded_vocab_size
 from neox.config import NeoXConfig
@@ -28,9 +29,17 @@ def main(config: NeoXConfig, groups: ProcessGroups) -> None:
             "fp16 training needs a GPU: DeepSpeed has no float16 optimizer for the CPU. "
             "Use --set precision=bfloat16 or --set precision=fp32 here."
         )
-    if config.save is not None:
-        check_writable(Path(config.save))
-        recover(Path(config.save), groups)
+    if config.save is None:
+        _run(config, groups)
+        return
+    directory = Path(config.save)
+    check_writable(directory)
+    with saving_alone(directory, groups):
+        recover(directory, groups)
+        _run(config, groups)
+
+
+def _run(config: NeoXConfig, groups: ProcessGroups) -> None:
     tokenizer = build_tokenizer(config)
     if config.zero_stage == 0:
         log.info("zero_optimization: stage 0 runs as stage 1, the same arithmetic in less memory")
