@@ -50,15 +50,16 @@ def resolve(directory: Path, iteration: int | None) -> Path:
             f"load: {directory} is not a folder. Set `load` to the folder that holds `latest` and "
             "the global_step folders."
         )
-    if iteration is None and (has_layer_files(directory) or has_model_files(directory)):
+    if iteration is None and (
+        has_layer_files(directory) or has_model_files(directory) or is_transformers(directory)
+    ):
         return directory
     if iteration is None:
-        latest = directory / "latest"
-        if not latest.is_file():
+        if not (directory / "latest").is_file():
             raise CheckpointError(
                 f"load: {directory} has no `latest` file and no layer files; {_found(directory)}"
             )
-        name = latest.read_text(encoding="utf-8", errors="replace").strip()
+        name = latest_name(directory)
     else:
         name = f"global_step{iteration}"
     folder = directory / name
@@ -68,6 +69,16 @@ def resolve(directory: Path, iteration: int | None) -> Path:
             f"load: {wanted} {name or 'nothing'}, which is not in {directory}; {_found(directory)}"
         )
     return folder
+
+
+def latest_name(directory: Path) -> str:
+    """What `latest` says, fit to be printed and looked for whatever it holds; "" without one."""
+    try:
+        with open(directory / "latest", "rb") as file:
+            text = file.read(100).decode(errors="replace").strip()
+    except OSError:
+        return ""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
 def _found(directory: Path) -> str:

@@ -8,13 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from neox import log
-from neox.checkpoint.directory import steps
+from neox.checkpoint.directory import has_its_files, steps
 from neox.checkpoint.files import check_crc
 from neox.checkpoint.manifest import MANIFEST, Manifest
-from neox.checkpoint.neox import Checkpoint, resolve
+from neox.checkpoint.neox import Checkpoint
 from neox.checkpoint.optimizer_files import optimizer_files
 from neox.checkpoint.sources import load_model_file
-from neox.config.hf import is_transformers
 from neox.errors import CheckpointError, DamageError
 from neox.parallel.groups import ProcessGroups
 
@@ -78,10 +77,8 @@ def newest_valid(
 
 
 @contextlib.contextmanager
-def telling_another(
-    directory: Path, iteration: int | None, groups: ProcessGroups | None = None
-) -> Iterator[None]:
-    """Around the use of a checkpoint: a DamageError then tells which other one is whole.
+def telling_another(folder: Path, groups: ProcessGroups | None = None) -> Iterator[None]:
+    """Around the use of a step folder: a DamageError then tells which other step is whole.
 
     `groups` for what every rank raises alike, and then looks for together; None for this process
     alone.
@@ -89,9 +86,8 @@ def telling_another(
     try:
         yield
     except DamageError as error:
-        if is_transformers(directory):
+        if folder not in steps(folder.parent):  # of transformers, or under a name of its own
             raise
-        folder = resolve(directory, iteration)
         valid = newest_valid(folder.parent, folder, groups)
         if valid is None:
             other = f"No other checkpoint in {folder.parent} is whole."
@@ -99,6 +95,17 @@ def telling_another(
             step = valid.name.removeprefix("global_step")
             other = f"The newest other one that is whole is {valid}: use --iteration {step}."
         raise CheckpointError(f"{error} {other}") from error
+
+
+def tell_newer(folder: Path) -> None:
+    """Say it in a line when `latest` names the step `folder` although a higher step is there."""
+    found = steps(folder.parent)
+    newer = found[: found.index(folder)] if folder in found else []
+    if any(has_its_files(step) for step in newer):
+        log.info(
+            f"load: `latest` in {folder.parent} names {folder.name}, which is used, although "
+            f"{newer[0].name} is there; --iteration N chooses another"
+        )
 
 
 def _read_manifest(folder: Path) -> Manifest | None:

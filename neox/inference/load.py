@@ -7,7 +7,8 @@ from pathlib import Path
 from torch import nn
 
 from neox import log
-from neox.checkpoint.neox import Checkpoint
+from neox.checkpoint.neox import Checkpoint, resolve
+from neox.checkpoint.verify import tell_newer, telling_another
 from neox.checkpoint.vocabulary import padded_vocab_size
 from neox.config import NeoXConfig
 from neox.errors import CheckpointError
@@ -24,7 +25,13 @@ def open_checkpoint(config: NeoXConfig) -> Checkpoint:
             "load is not set: there is no checkpoint to generate from or evaluate. Set `load` to "
             "the folder that holds `latest` and the global_step folders."
         )
-    return Checkpoint.open(Path(config.load), config.iteration)
+    directory = Path(config.load)
+    folder = resolve(directory, config.iteration)
+    with telling_another(folder):
+        checkpoint = Checkpoint.open(folder)
+    if config.iteration is None and folder != directory:
+        tell_newer(folder)
+    return checkpoint
 
 
 def load_model(
@@ -40,7 +47,8 @@ def load_model(
     Not collective. Raises CheckpointError when there is no checkpoint or it does not fit.
     """
     checkpoint = checkpoint or open_checkpoint(config)
-    rows = padded_vocab_size(config, checkpoint.padded_vocab_size, tokens)
+    with telling_another(checkpoint.folder):
+        rows = padded_vocab_size(config, checkpoint.padded_vocab_size, tokens)
     dtype = torch_dtype(config.dtype)
     # Where tp does not divide the vocabulary, the last shard has rows that InferenceModel cuts off.
     model = layers(config, pad_vocab_size(rows, 1, groups.tp), dtype, groups)
@@ -49,6 +57,7 @@ def load_model(
     wanted = model[mine.start : mine.stop]
     with (
         log.progress(total=len(wanted), desc="loading", unit="layer") as bar,
+        telling_another(checkpoint.folder),
         checkpoint.verifying_ahead(wanted, groups),
     ):
 

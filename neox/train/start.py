@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from neox import log
-from neox.checkpoint.directory import has_its_files, steps
-from neox.checkpoint.neox import Checkpoint
-from neox.checkpoint.optimizer_files import OptimizerFiles, optimizer_files
-from neox.checkpoint.verify import telling_another, verify
+from neox.checkpoint.directory import steps
+from neox.checkpoint.neox import Checkpoint, latest_name, resolve
+from neox.checkpoint.optimizer_files import optimizer_files
+from neox.checkpoint.verify import tell_newer, telling_another, verify
 from neox.config import NeoXConfig
 from neox.errors import CheckpointError, DamageError
 from neox.parallel.groups import ProcessGroups
@@ -50,17 +50,9 @@ def find_start(config: NeoXConfig, groups: ProcessGroups) -> Start:
     if config.no_load_optim:
         log.info(f"resuming {checkpoint.folder} without its optimizer state (no_load_optim)")
         return Start(iteration, checkpoint)
-    saved = optimizer_files(checkpoint.folder, checkpoint.tp)
-    if saved is None:
+    if optimizer_files(checkpoint.folder, checkpoint.tp) is None:
         log.info(f"{checkpoint.folder} holds no ZeRO optimizer state: starting a fresh optimizer")
         return Start(iteration, checkpoint)
-    wanted = OptimizerFiles(groups.tp, groups.pp, groups.dp, config.dtype == "bfloat16")
-    if saved != wanted:
-        raise CheckpointError(
-            f"{checkpoint.folder}: its optimizer state was saved at {saved}, and this run is "
-            f"{wanted}. Run as it was saved, or set no_load_optim: true to keep the weights "
-            "and the iteration and start a fresh optimizer."
-        )
     log.info(f"resuming {checkpoint.folder} at iteration {iteration}")
     return Start(iteration, checkpoint, with_optimizer=True)
 
@@ -74,6 +66,8 @@ def _newest_whole(directory: Path, weights_only: bool, groups: ProcessGroups) ->
     for folder in candidates:
         problems = verify(folder, groups, weights_only=weights_only)
         if not problems:
+            if not damaged:
+                tell_newer(folder)
             return _verified(Checkpoint.open(folder))
         damaged.append(_told(problems))
         log.warning(f"load: {folder.name} is damaged, and not used: {damaged[-1]}")
@@ -87,10 +81,7 @@ def _candidates(directory: Path) -> list[Path]:
     found = steps(directory) if directory.is_dir() else []
     if not found:
         return []
-    try:
-        name = (directory / "latest").read_text(encoding="utf-8", errors="replace").strip()
-    except OSError:
-        name = ""
+    name = latest_name(directory)
     named = directory / name
     if named not in found:
         if name and named.is_dir():
@@ -98,23 +89,17 @@ def _candidates(directory: Path) -> list[Path]:
         what = f"names {name}, which is not there" if name else "is missing or empty"
         log.warning(f"load: `latest` in {directory} {what}: looking for the newest checkpoint")
         return found
-    at = found.index(named)
-    newer = [folder.name for folder in found[:at] if has_its_files(folder)]
-    if newer:
-        log.info(
-            f"load: `latest` in {directory} names {name}, which is used, although {newer[0]} is "
-            "there too; --iteration N would choose it"
-        )
-    return found[at:]
+    return found[found.index(named) :]
 
 
 def _whole(
     directory: Path, iteration: int | None, weights_only: bool, groups: ProcessGroups
 ) -> Checkpoint:
     """The one that is asked for. Raises CheckpointError when it is damaged."""
-    with telling_another(directory, iteration, groups):
-        checkpoint = Checkpoint.open(directory, iteration)
-        problems = verify(checkpoint.folder, groups, weights_only=weights_only)
+    folder = resolve(directory, iteration)
+    with telling_another(folder, groups):
+        checkpoint = Checkpoint.open(folder)
+        problems = verify(folder, groups, weights_only=weights_only)
         if problems:
             raise DamageError(_told(problems))
     return _verified(checkpoint)
