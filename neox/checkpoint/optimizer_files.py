@@ -6,13 +6,23 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
+from neox.checkpoint.sources import model_file
 from neox.errors import CheckpointError
 
 _OPTIMIZER_FILE = re.compile(r"(bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt$")
 
+# What every error about them ends with.
+WITHOUT_OPTIMIZER = (
+    "Set no_load_optim: true to keep the weights and the iteration and start a fresh optimizer."
+)
+
 
 class OptimizerFiles(NamedTuple):
-    """What optimizer files depend on: the grid, and whether the weights are bfloat16."""
+    """What ZeRO's files depend on: the grid, and whether the weights are bfloat16.
+
+    A part is what one model-parallel rank holds, numbered pp rank * tp + tp rank. Each replica (dp
+    rank) has a file of its own for its share of a part's optimizer state.
+    """
 
     tp: int
     pp: int
@@ -22,6 +32,17 @@ class OptimizerFiles(NamedTuple):
     def __str__(self) -> str:
         grid = f"tp {self.tp} x pp {self.pp} x dp {self.dp}"
         return f"{grid} in bfloat16" if self.is_bf16 else grid
+
+    def path(self, folder: Path, part: int, replica: int) -> Path:
+        prefix = "bf16_" if self.is_bf16 else ""
+        return folder / f"{prefix}zero_pp_rank_{replica}_mp_rank_{part:02d}_optim_states.pt"
+
+    def paths(self, folder: Path) -> list[Path]:
+        """All files that there must be, with those of DeepSpeed's own state."""
+        parts = range(self.pp * self.tp)
+        return [model_file(folder, part) for part in parts] + [
+            self.path(folder, part, replica) for part in parts for replica in range(self.dp)
+        ]
 
 
 def optimizer_files(folder: Path, tp: int) -> OptimizerFiles | None:
@@ -33,18 +54,13 @@ def optimizer_files(folder: Path, tp: int) -> OptimizerFiles | None:
     found = [match for name in names if (match := _OPTIMIZER_FILE.match(name))]
     if not found:
         return None
-    prefix = found[0][1] or ""
     dp, parts = (1 + max(int(match[axis]) for match in found) for axis in (2, 3))
-    needed = {f"mp_rank_{part:02d}_model_states.pt" for part in range(parts)} | {
-        f"{prefix}zero_pp_rank_{replica}_mp_rank_{part:02d}_optim_states.pt"
-        for replica in range(dp)
-        for part in range(parts)
-    }
-    if missing := sorted(needed - names):
+    files = OptimizerFiles(tp, -(-parts // tp), dp, bool(found[0][1]))
+    missing = sorted(path.name for path in files.paths(folder) if path.name not in names)
+    if missing:
         raise CheckpointError(
             f"{folder} is incomplete: {', '.join(missing[:4])}"
             f"{' ...' if len(missing) > 4 else ''} {'is' if len(missing) == 1 else 'are'} missing. "
-            "Set no_load_optim: true to keep the weights and the iteration and start a fresh "
-            "optimizer."
+            f"{WITHOUT_OPTIMIZER}"
         )
-    return OptimizerFiles(tp, parts // tp, dp, bool(prefix))
+    return files

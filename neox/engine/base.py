@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from neox.checkpoint.manifest import Entry
+from neox.checkpoint.neox import Checkpoint
 from neox.data.loaders import Batch
 
 
@@ -45,5 +46,10 @@ class Engine(Protocol):
         every rank is through.
         """
 
-    def load_optimizer(self, folder: Path) -> dict[str, Any]:
-        """Restore what `save` wrote besides the layer files; return its `state`."""
+    def load_optimizer(self, checkpoint: Checkpoint, scratch: Path) -> dict[str, Any]:
+        """Restore what `save` wrote besides the layer files, at any grid; return its `state`.
+
+        State of another grid is rearranged in `scratch`, a folder that all ranks see; what is
+        written there is gone in the end. The optimizer's settings remain the configuration's.
+        Raises CheckpointError.
+        """

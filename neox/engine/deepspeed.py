@@ -18,14 +18,21 @@ import deepspeed
 import torch.distributed as dist
 from torch import nn
 
-from neox.checkpoint.neox import save_layer
+from neox import log
+from neox.checkpoint.manifest import Entry
+from neox.checkpoint.neox import Checkpoint, save_layers
+from neox.checkpoint.optimizer_files import WITHOUT_OPTIMIZER, OptimizerFiles, optimizer_files
+from neox.checkpoint.sources import model_file
 from neox.config import NeoXConfig
 from neox.config.deepspeed import to_deepspeed
 from neox.data.loaders import Batch
 from neox.engine.base import TrainStep
-from neox.engine.checkpoint_engine import SafeCheckpointEngine
+from neox.engine.checkpoint_engine import SafeCheckpointEngine, load_deepspeed_file
+from neox.engine.elastic import load_universal, universal_checkpoint
 from neox.engine.optimizers import build_optimizer
-from neox.model.gpt import LocalLayers
+from neox.engine.saved_state import ZeroState
+from neox.errors import CheckpointError
+from neox.model.gpt import Layer, LocalLayers
 from neox.parallel.groups import ProcessGroups
 from neox.parallel.rng import DropoutStreams
 
@@ -35,6 +42,8 @@ def start_deepspeed(groups: ProcessGroups) -> None:
     # On a CPU it would otherwise compile a shared-memory transport for minutes, and a killed
     # compilation leaves a lock on which every later run hangs.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # DeepSpeed asks for files with weights_only=False here and there; torch is not to listen.
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
     os.environ.setdefault("LOCAL_RANK", str(groups.rank))
     if not dist.is_initialized():  # one process: DeepSpeed needs a group even then
         backend = "nccl" if groups.device.type == "cuda" else "gloo"
@@ -61,16 +70,26 @@ def wrap(model: nn.Module, config: NeoXConfig, mpu: object = None) -> Any:
     # Weights travel in layer files only: DeepSpeed's own files neither repeat nor seek them.
     inner.module_state_dict = lambda exclude_frozen_parameters=False: None
     inner.load_module_state_dict = lambda *args, **kwargs: None
+    # Nor does it leave its scripts for turning them into weights beside them.
+    inner._copy_recovery_script = lambda save_path: None
     return inner
 
 
 class DeepSpeedEngine(ABC):
     """The common part of PipelinedEngine and SequentialEngine; implements Engine with them."""
 
+    is_pipelined: bool
+
     def __init__(
-        self, inner: Any, local: LocalLayers, streams: DropoutStreams, groups: ProcessGroups
+        self,
+        inner: Any,
+        layers: list[Layer],
+        local: LocalLayers,
+        streams: DropoutStreams,
+        groups: ProcessGroups,
     ) -> None:
         self.inner = inner
+        self.layers = layers  # of the whole model
         self.local = local
         self.streams = streams
         self.groups = groups
@@ -93,15 +112,62 @@ class DeepSpeedEngine(ABC):
     def train_loss(self, batches: Iterator[Batch]) -> float:
         """Forward, backward and step over one global batch; the mean loss, on every rank."""
 
-    def save(self, folder: Path, state: dict[str, Any]) -> None:
-        if self.groups.dp_rank == 0:
-            for layer, module in self.local:
-                if layer.has_file:
-                    save_layer(folder, layer, module, self.groups)
+    def save(self, folder: Path, state: dict[str, Any]) -> dict[str, Entry]:
+        files = self.inner.checkpoint_engine = SafeCheckpointEngine()
+        layers: dict[str, Entry] = {}
+        try:
+            if self.groups.dp_rank == 0:
+                layers = save_layers(folder, self.local, self.groups)
+        except OSError as error:
+            files.failure = error
         self.inner.save_checkpoint(
             str(folder.parent), tag=folder.name, client_state=state, save_latest=False
         )
+        if files.failure is not None:
+            raise files.failure
+        return layers | files.written
 
-    def load_optimizer(self, folder: Path) -> dict[str, Any]:
-        _, state = self.inner.load_checkpoint(str(folder.parent), tag=folder.name)
+    def load_optimizer(self, checkpoint: Checkpoint, scratch: Path) -> dict[str, Any]:
+        folder, groups = checkpoint.folder, self.groups
+        files = optimizer_files(folder, checkpoint.tp)
+        assert files is not None, f"{folder} holds no optimizer state"
+        own = OptimizerFiles(groups.tp, groups.pp, groups.dp, self.inner.bfloat16_enabled())
+        try:
+            if files == own and all(groups.gather(self._saved_the_same(folder))):
+                return self._load(folder, universal=False)
+            log.info(f"rearranging the optimizer state, saved at {files}, for {own}")
+            with universal_checkpoint(
+                lambda: ZeroState(folder, files, self.layers),
+                self.layers,
+                scratch,
+                groups,
+                pipelined=self.is_pipelined,
+                keep_loss_scale=self.inner.fp16_enabled(),
+            ) as universal:
+                return self._load(universal, universal=True)
+        except CheckpointError as error:
+            raise CheckpointError(f"{str(error).rstrip('.')}. {WITHOUT_OPTIMIZER}") from error
+
+    def _saved_the_same(self, folder: Path) -> bool:
+        """Whether this rank's part of the model is what the rank of the same place saved."""
+        part = self.groups.pp_rank * self.groups.tp + self.groups.tp_rank
+        saved = load_deepspeed_file(model_file(folder, part)).get("param_shapes")
+        return bool(saved == self.inner._get_zero_param_shapes())
+
+    def _load(self, folder: Path, *, universal: bool) -> dict[str, Any]:
+        """Load state, but no settings: weight decay, betas and clipping are the configuration's."""
+        optimizer = self.inner.optimizer
+        clip_grad = optimizer.clip_grad
+        settings = [
+            {key: value for key, value in group.items() if key != "params"}
+            for group in optimizer.param_groups
+        ]
+        with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints what it does
+            if universal:
+                state = load_universal(self.inner, folder)
+            else:
+                _, state = self.inner.load_checkpoint(str(folder.parent), tag=folder.name)
+        optimizer.clip_grad = clip_grad
+        for group, values in zip(optimizer.param_groups, settings, strict=True):
+            group.update(values)
         return state

@@ -25,6 +25,8 @@ from neox.parallel.rng import DropoutStreams
 class PipelinedEngine(DeepSpeedEngine):
     """Stages on different ranks, micro-batches in flight between them (1F1B)."""
 
+    is_pipelined = True
+
     def train_loss(self, batches: Iterator[Batch]) -> float:
         return float(self.inner.train_batch(_inputs_and_labels(batches)))
 
@@ -55,7 +57,7 @@ def build_pipelined(
         )
     start, stop = model._local_start, model._local_stop
     local: LocalLayers = list(zip(layers[start:stop], _modules(model, specs), strict=True))
-    return PipelinedEngine(wrap(model, config), local, streams, groups)
+    return PipelinedEngine(wrap(model, config), layers, local, streams, groups)
 
 
 class _Pipeline(PipelineModule):

@@ -47,6 +47,8 @@ class GPT(nn.Module):
 class SequentialEngine(DeepSpeedEngine):
     """One stage; gradients accumulate over the micro-batches of a step."""
 
+    is_pipelined = False
+
     def train_loss(self, batches: Iterator[Batch]) -> float:
         self.inner.train()
         steps = self.inner.gradient_accumulation_steps()
@@ -86,7 +88,7 @@ def build_sequential(
     local = build_layers(layers, fill)
     model = GPT(local, streams, config.checkpoint_activations)
     mpu = _ModelParallelUnit(groups) if groups.tp > 1 else None
-    return SequentialEngine(wrap(model, config, mpu), local, streams, groups)
+    return SequentialEngine(wrap(model, config, mpu), layers, local, streams, groups)
 
 
 class _ModelParallelUnit:
@@ -100,6 +102,8 @@ class _ModelParallelUnit:
 
     def get_model_parallel_world_size(self) -> int:
         return self._groups.tp
+
+    get_tensor_model_parallel_world_size = get_model_parallel_world_size
 
     def get_model_parallel_group(self) -> dist.ProcessGroup | None:
         return self._groups.tp_group

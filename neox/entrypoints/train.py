@@ -60,7 +60,8 @@ def _run(config: NeoXConfig, groups: ProcessGroups) -> None:
     engine = build_engine(config, groups, rows, start.checkpoint)
     if start.with_optimizer:
         assert start.checkpoint is not None
-        saved = engine.load_optimizer(start.checkpoint.folder).get("optimizer_type")
+        scratch = Path(config.save or start.checkpoint.folder.parent)
+        saved = engine.load_optimizer(start.checkpoint, scratch).get("optimizer_type")
         if saved not in (None, config.optimizer_type):  # None: not written by this program
             raise CheckpointError(
                 f"{start.checkpoint.folder}: its optimizer state is that of {saved}, and this "

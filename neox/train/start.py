@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from neox import log
+from neox.checkpoint.architecture import check_architecture
 from neox.checkpoint.directory import steps
 from neox.checkpoint.neox import Checkpoint, latest_name, resolve
 from neox.checkpoint.optimizer_files import optimizer_files
@@ -43,6 +44,7 @@ def find_start(config: NeoXConfig, groups: ProcessGroups) -> Start:
         checkpoint = _newest_whole(directory, weights_only, groups)
     else:
         checkpoint = _whole(directory, config.iteration, weights_only, groups)
+    check_architecture(config, checkpoint, finetune=config.finetune)
     if config.finetune:
         log.info(f"finetune: weights of {checkpoint.folder}, fresh optimizer, iteration 0")
         return Start(0, checkpoint)

@@ -39,7 +39,7 @@ def run(rank: int, topology: Topology, values: dict[str, Any], folder: str) -> l
     uninterrupted = [engine.train_batch(source, iteration, 0.01).loss for iteration in (3, 4)]
 
     resumed = build_engine(config, groups, VOCAB, Checkpoint.open(Path(folder)))
-    assert resumed.load_optimizer(Path(folder))["note"] == "kept"
+    assert resumed.load_optimizer(Checkpoint.open(Path(folder)), Path(folder))["note"] == "kept"
     source = batches(config, groups)
     for _ in range(2 * config.gradient_accumulation_steps):
         next(source)
@@ -72,7 +72,7 @@ def load_hostile(rank: int, folder: str) -> None:
     engine.save(Path(folder), {})
     (victim,) = Path(folder).glob("zero_pp_rank_*")
     torch.save({"optimizer_state_dict": _Hostile(str(Path(folder) / "ran"))}, victim)
-    engine.load_optimizer(Path(folder))
+    engine.load_optimizer(Checkpoint.open(Path(folder)), Path(folder))
 
 
 class _Hostile:

@@ -19,6 +19,7 @@ from neox.train.cadence import is_save_iteration
 from neox.train.start import find_start
 from tests import small_tokenizer
 from tests.data.datasets import write_dataset
+from tests.engine.test_grids import OPTIMIZER
 from tests.models import BASE, config_of
 from tests.world import World
 
@@ -120,16 +121,22 @@ def test_weights_alone_resume_with_a_fresh_optimizer(
     assert "no ZeRO optimizer state: starting a fresh optimizer" in capsys.readouterr().out
 
 
-def test_another_grid_cannot_take_the_optimizer_state_but_can_leave_it(
+def test_another_grid_or_precision_takes_the_optimizer_state_or_leaves_it(
     world: World, folder: Path
 ) -> None:
-    train(world, folder, "run", exit_interval=2)
-    with pytest.raises(CheckpointError, match=r"tp 2 x pp 2 x dp 1.*tp 1 x pp 2 x dp 1.*no_load"):
-        train(world, folder, "run", Topology(pp=2))
-    with pytest.raises(CheckpointError, match=r"tp 2 x pp 2 x dp 1,.*dp 1 in bfloat16.*no_load"):
-        train(world, folder, "run", precision="bfloat16")
-    rows = train(world, folder, "run", Topology(pp=2), no_load_optim=True, train_iters=3)
-    assert list(rows) == [1, 2, 3]
+    values: dict[str, Any] = {"optimizer": OPTIMIZER, "hidden_dropout": 0.0}
+    whole = train(world, folder, "whole", **values)
+    train(world, folder, "run", exit_interval=4, **values)
+    rows = train(world, folder, "run", Topology(pp=2), **values)
+    losses = [rows[iteration]["train/lm_loss"] for iteration in (5, 6)]
+    assert losses == pytest.approx([whole[i]["train/lm_loss"] for i in (5, 6)], abs=1e-5)
+
+    values |= {"iteration": 4, "save": f"{folder}/other"}
+    half = train(world, folder, "run", precision="bfloat16", **values)
+    assert half[6]["train/lm_loss"] == pytest.approx(losses[1], abs=0.05)
+    fresh = train(world, folder, "run", Topology(pp=2), no_load_optim=True, **values)
+    assert abs(fresh[6]["train/lm_loss"] - losses[1]) > 1e-3
+    assert not list(folder.glob("*/.unfinished"))
 
 
 @pytest.mark.parametrize("name", ["zero_pp_rank_0_mp_rank_00_optim", "mp_rank_01_model"])
