@@ -9,7 +9,8 @@ from neox.config.fields import derived, key, refused
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-    """Degrees of parallelism. The number of replicas follows: world_size / (tensor x pipeline)."""
+    """Degrees of parallelism. The number of replicas follows: world_size / (tensor x pipeline).
+    Generation and evaluation replace sizes that need more devices than there are."""
 
     pipe_parallel_size: int = key(
         0, "Pipeline stages; 0 trains without the pipeline engine, 1 with it.", low=0
