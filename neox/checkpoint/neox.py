@@ -162,7 +162,7 @@ class Checkpoint:
         if index not in self.source.indices:
             raise CheckpointError(
                 f"{self.folder} holds no {layer_file(self.folder, index, 0).name}. Its files are "
-                f"those of num_layers {self._depth}; check num_layers and no_weight_tying, or find "
+                f"those of num_layers {self.depth}; check num_layers and no_weight_tying, or find "
                 "the missing file."
             )
         return self.source.shards(index)
@@ -229,7 +229,7 @@ class Checkpoint:
         return [path for path in files[here::of] if path not in self.verified]
 
     @property
-    def _depth(self) -> int:
+    def depth(self) -> int:
         """Transformer layers by the files: they are numbered from 2, and a gap follows the last."""
         depth = 0
         while depth + 2 in self.source.indices:
