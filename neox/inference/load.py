@@ -7,6 +7,7 @@ from pathlib import Path
 from torch import nn
 
 from neox import log
+from neox.checkpoint.architecture import check_architecture
 from neox.checkpoint.neox import Checkpoint, resolve
 from neox.checkpoint.verify import tell_newer, telling_another
 from neox.checkpoint.vocabulary import padded_vocab_size
@@ -48,6 +49,7 @@ def load_model(
     """
     checkpoint = checkpoint or open_checkpoint(config)
     with telling_another(checkpoint.folder):
+        check_architecture(config, checkpoint)
         rows = padded_vocab_size(config, checkpoint.padded_vocab_size, tokens)
     dtype = torch_dtype(config.dtype)
     # Where tp does not divide the vocabulary, the last shard has rows that InferenceModel cuts off.
