@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from neox.config import agreement
@@ -121,8 +120,8 @@ def advise_grid(config: NeoXConfig, world_size: int, bad: set[str]) -> str:
     return f"or, for {world_size}, {sizes}."
 
 
-def _by_nearness(choices: list[int], tp: int) -> Iterator[int]:
-    yield from sorted(choices, key=lambda choice: max(choice, tp) / min(choice, tp))
+def _by_nearness(choices: list[int], tp: int) -> list[int]:
+    return sorted(choices, key=lambda choice: max(choice, tp) / min(choice, tp))
 
 
 def _on_one_host(tp: int, devices: Devices) -> bool:
