@@ -18,6 +18,7 @@ manifest or its configs folder; --config names the YAML files where neither is t
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,7 +28,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from neox import log
 from neox.cluster.main import exit_status
-from neox.config import NeoXConfig, Override, from_dict, load_config, parse_set
+from neox.config import ModelConfig, NeoXConfig, Override, from_dict, load_config, parse_set
+from neox.errors import CheckpointError
 
 if TYPE_CHECKING:
     from neox.checkpoint.neox import Checkpoint
@@ -50,24 +52,52 @@ def build_parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
+    command = _command(commands, "inspect", run_inspect, "tell what a checkpoint is")
+    _add_source(command)
+    command.add_argument("--tensors", action="store_true", help="list every tensor")
+    command.add_argument("--values", action="store_true", help="... with min, max, mean and std")
+    command.add_argument("--json", action="store_true", help="write JSON")
+
+    command = _command(commands, "verify", run_verify, "read every file, tell what is damaged")
+    _add_source(command)
+
+    command = _command(commands, "diff", run_diff, "compare: status 0 same, 1 different, 2 trouble")
+    command.add_argument("first", type=Path, metavar="FOLDER")
+    command.add_argument("second", type=Path, metavar="FOLDER")
+    _add_iteration(command)
+    _add_config(command)
+
+    command = _command(commands, "convert", run_convert, "change the format")
+    _add_source(command)
+    command.add_argument("--to", choices=("transformers", "neox"), required=True)
+    _add_output(command)
+    _add_shards(command, "of --to neox; default: as many as there are")
+    _add_config(command)
+    command.add_argument("--dtype", choices=PRECISIONS, help="default: the checkpoint's")
+
     command = _command(commands, "reshard", run_reshard, "change the number of shards, no value")
     _add_source(command)
     _add_output(command)
     _add_shards(command, required=True)
     _add_config(command)
     command.add_argument(
-        "--padded_vocab_size", type=int, metavar="V", help="rows to pad or trim the vocabulary to"
+        "--padded_vocab_size",
+        type=_count,
+        metavar="V",
+        help="rows to pad or trim the vocabulary to",
     )
 
     command = _command(commands, "synthesize", run_synthesize, "write random weights")
     command.add_argument("--config", nargs="+", type=Path, required=True, metavar="YAML")
     for key in ("num_layers", "hidden_size", "num_attention_heads", "seed"):
-        command.add_argument(f"--{key}", type=int, metavar="N", help="instead of the configuration's")
-    _add_shards(command, required=False)
+        command.add_argument(
+            f"--{key}", type=int, metavar="N", help="instead of the configuration's"
+        )
+    _add_shards(command, "default: the configuration's")
     command.add_argument("--dtype", choices=PRECISIONS, help="default: the configuration's")
     command.add_argument(
         "--vocab_size",
-        type=int,
+        type=_count,
         metavar="TOKENS",
         help="before padding; default: the tokenizer's where its file is there, else 20B's "
         f"{TOKENS_OF_20B}",
@@ -90,9 +120,18 @@ def build_parser() -> argparse.ArgumentParser:
         "--output", required=True, metavar="NPZ", help="`logits`, float32 [batch, length, rows]"
     )
     command.add_argument("--load", metavar="FOLDER", help="instead of the configuration's")
-    command.add_argument("--iteration", type=int, metavar="N", help="default: the latest")
+    _add_iteration(command)
     _add_set(command)
     return parser
+
+
+def _count(text: str) -> int:
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
+
+
+_count.__name__ = "count"  # argparse shows it: invalid count value: '0'
 
 
 def _command(commands: Any, name: str, run: Any, summary: str) -> argparse.ArgumentParser:
@@ -103,6 +142,10 @@ def _command(commands: Any, name: str, run: Any, summary: str) -> argparse.Argum
 
 def _add_source(command: argparse.ArgumentParser) -> None:
     command.add_argument("folder", type=Path, metavar="FOLDER")
+    _add_iteration(command)
+
+
+def _add_iteration(command: argparse.ArgumentParser) -> None:
     command.add_argument("--iteration", type=int, metavar="N", help="default: the latest")
 
 
@@ -110,8 +153,12 @@ def _add_output(command: argparse.ArgumentParser) -> None:
     command.add_argument("--output", type=Path, required=True, metavar="FOLDER")
 
 
-def _add_shards(command: argparse.ArgumentParser, *, required: bool) -> None:
-    command.add_argument("--model_parallel_size", type=int, required=required, metavar="N")
+def _add_shards(
+    command: argparse.ArgumentParser, summary: str = "shards to write", *, required: bool = False
+) -> None:
+    command.add_argument(
+        "--model_parallel_size", type=_count, required=required, metavar="N", help=summary
+    )
 
 
 def _add_config(command: argparse.ArgumentParser) -> None:
@@ -126,12 +173,67 @@ def _add_set(command: argparse.ArgumentParser) -> None:
     )
 
 
+def run_inspect(options: argparse.Namespace) -> int:
+    from neox.checkpoint.neox import Checkpoint
+    from neox.checkpoint.summary import describe, summarize, table, tensors_of, to_json
+
+    checkpoint = Checkpoint.open(options.folder, options.iteration)
+    summary = summarize(checkpoint)
+    tensors = None
+    if options.tensors or options.values:
+        tensors = list(tensors_of(checkpoint, values=options.values))
+    if options.json:
+        print(json.dumps(to_json(summary, tensors), indent=2))
+    else:
+        print(describe(summary))
+        if tensors is not None:
+            print(f"\n{table(tensors)}")
+    return 0
+
+
+def run_verify(options: argparse.Namespace) -> int:
+    from neox.checkpoint.neox import resolve
+    from neox.checkpoint.verify import verify
+
+    folder = resolve(options.folder, options.iteration)
+    problems = verify(folder)
+    for problem in problems:
+        print(problem)
+    if not problems:
+        print(f"{folder}: every file is as it was written")
+    return 2 if problems else 0
+
+
+def run_diff(options: argparse.Namespace) -> int:
+    from neox.checkpoint.compare import compare, compare_architectures, conclusion
+    from neox.checkpoint.neox import Checkpoint
+
+    first = Checkpoint.open(options.first, options.iteration)
+    second = Checkpoint.open(options.second, options.iteration)
+    configs = configs_of(first, second, options.config)
+    contradictions = compare_architectures(first, second)
+    for contradiction in contradictions:
+        print(f"architecture: {contradiction}")
+    found = []
+    for comparison in compare(first, configs[0], second, configs[1]):
+        found.append(comparison)
+        if not comparison.verdict.is_same:
+            print(comparison)
+    print(conclusion(found))
+    is_same = not contradictions and all(each.verdict.is_same for each in found)
+    return 0 if is_same else 1
+
+
+def run_convert(options: argparse.Namespace) -> int:
+    raise NotImplementedError
+
+
 def run_reshard(options: argparse.Namespace) -> int:
     from neox.checkpoint.neox import Checkpoint
     from neox.checkpoint.reshard import choose_rows, reshard
 
     checkpoint = Checkpoint.open(options.folder, options.iteration)
-    config = config_of(checkpoint, options.config, options.model_parallel_size)
+    config = config_at(checkpoint, options.config, options.model_parallel_size)
     rows = choose_rows(checkpoint, config, options.padded_vocab_size, tokenizer_size(config))
     folder = reshard(checkpoint, options.output, config, rows)
     log.info(f"{folder}: {config.tp} shards of {checkpoint.folder}'s {checkpoint.tp}")
@@ -197,7 +299,7 @@ _FLAGS = {
 }
 
 
-def config_of(checkpoint: Checkpoint, files: Sequence[Path] | None, tp: int) -> NeoXConfig:
+def config_at(checkpoint: Checkpoint, files: Sequence[Path] | None, tp: int) -> NeoXConfig:
     """The checkpoint's architecture at `tp` shards: from `files`, or from itself."""
     from neox.checkpoint.architecture import check_architecture, describe
 
@@ -210,6 +312,26 @@ def config_of(checkpoint: Checkpoint, files: Sequence[Path] | None, tp: int) -> 
     values = describe(checkpoint)
     length = values["max_position_embeddings"]
     return from_dict({**values, "seq_length": length, "model_parallel_size": tp}, world_size=tp)
+
+
+def configs_of(
+    first: Checkpoint, second: Checkpoint, files: Sequence[Path] | None
+) -> tuple[ModelConfig, ModelConfig]:
+    """The architectures of two checkpoints; one that cannot tell its own is taken to be as the
+    other."""
+    from neox.checkpoint.architecture import config_of
+
+    if files:
+        return config_at(first, files, 1), config_at(second, files, 1)
+    try:
+        one = config_of(first)
+    except CheckpointError:
+        other = config_of(second)
+        return other, other
+    try:
+        return one, config_of(second)
+    except CheckpointError:
+        return one, one
 
 
 def tokenizer_size(config: NeoXConfig) -> int | None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -10,9 +11,12 @@ import torch
 from torch import Tensor
 
 from neox import log
+from neox.checkpoint.architecture import recorded
 from neox.checkpoint.neox import Checkpoint
 from neox.checkpoint.reshard import check_layers
 from neox.config import ModelConfig
+from neox.config.architecture import same
+from neox.config.values import show
 from neox.model.gpt import Layer, layers
 from neox.model.layout import ParamLayout
 from neox.model.shard import reshard
@@ -47,6 +51,23 @@ class Comparison:
     verdict: Verdict
     largest: float = 0.0
     detail: str = ""
+
+    def __str__(self) -> str:
+        parts = [f"layer {self.layer:02d} {self.name}: {self.verdict.value}"]
+        parts += [f"by up to {self.largest:.3g}"] if self.verdict is Verdict.DIFFERENT else []
+        parts += [f"({self.detail})"] if self.detail else []
+        return " ".join(parts)
+
+
+def compare_architectures(first: Checkpoint, second: Checkpoint) -> list[str]:
+    """What both tell about their architecture and tell differently. Raises CheckpointError."""
+    one, other = recorded(first), recorded(second)
+    pairs = [(name, one[name], other[name]) for name in one if name in other]
+    return [
+        f"{name} is {show(a.value)} ({a.where}) and {show(b.value)} ({b.where})"
+        for name, a, b in pairs
+        if not same(a.value, b.value, max(a.tolerance, b.tolerance))
+    ]
 
 
 def compare(
@@ -142,3 +163,12 @@ def _tensors(
 
 def _whole(layout: ParamLayout, shards: list[Tensor]) -> Tensor:
     return reshard(shards, layout, 0, 1)
+
+
+def conclusion(found: Sequence[Comparison]) -> str:
+    """How many tensors there are of each verdict: "54 tensors: 52 bitwise equal, 2 different"."""
+    counts = Counter(each.verdict for each in found)
+    parts = ", ".join(
+        f"{counts[verdict]} {verdict.value}" for verdict in Verdict if counts[verdict]
+    )
+    return f"{len(found)} tensors: {parts}"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, astuple, dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +21,8 @@ from neox.checkpoint.optimizer_files import optimizer_files
 from neox.checkpoint.sources import LayerFiles, ModelFiles, Shard, load_model_file, model_file
 from neox.checkpoint.tensor_facts import Facts
 from neox.config import ModelConfig
+from neox.config.architecture import open_keys
+from neox.config.values import show
 from neox.errors import CheckpointError
 from neox.model.layout import (
     Split,
@@ -106,6 +110,70 @@ def summarize(checkpoint: Checkpoint) -> Summary:
     )
 
 
+def describe(summary: Summary) -> str:
+    """For a reader: one thing a line, and the architecture with the place of each fact."""
+    dtypes = ", ".join(
+        f"{dtype} ({count:,})" if len(summary.dtypes) > 1 else dtype
+        for dtype, count in summary.dtypes.items()
+    )
+    rows = [
+        ("folder", f"{summary.folder}, {summary.kind}"),
+        ("iteration", f"{summary.iteration}"),
+        ("shards", f"{summary.shards}"),
+        ("layers", f"{summary.layers}"),
+        ("padded vocabulary", f"{summary.padded_vocab_size}"),
+        ("parameters", f"{summary.parameters:,}"),
+        ("precision", dtypes),
+        ("bytes", f"{summary.bytes:,}"),
+        ("names", summary.names),
+        ("optimizer state", summary.optimizer or "none"),
+        ("manifest", "yes" if summary.has_manifest else "none"),
+    ]
+    facts = [
+        (name, show(fact.value), fact.where) for name, fact in sorted(summary.architecture.items())
+    ]
+    lines = [*_columns(rows), "architecture", *(f"  {row}" for row in _columns(facts))]
+    left_open = open_keys({name: fact.value for name, fact in summary.architecture.items()})
+    if left_open:
+        lines.append(f"  not told: {', '.join(left_open)}")
+    return "\n".join(lines)
+
+
+def table(tensors: Sequence[StoredTensor]) -> str:
+    """A line for each tensor."""
+    rows = [["layer", "name", "shape", "dtype", "split"]]
+    rows[0] += ["min", "max", "mean", "std"] if tensors[0].statistics else []
+    for tensor in tensors:
+        shape = "x".join(map(str, tensor.shape))
+        row = [f"{tensor.layer:02d}", tensor.name, shape, tensor.dtype, tensor.split or "buffer"]
+        numbers = astuple(tensor.statistics) if tensor.statistics else ()
+        rows.append(row + [f"{number:.4g}" for number in numbers])
+    return "\n".join(_columns(rows))
+
+
+def to_json(summary: Summary, tensors: Sequence[StoredTensor] | None) -> dict[str, Any]:
+    """Both as json.dumps takes them; numbers that are no numbers become None."""
+    facts = {
+        name: {"value": fact.value, "where": fact.where}
+        for name, fact in summary.architecture.items()
+    }
+    found = {**vars(summary), "folder": str(summary.folder), "architecture": facts}
+    if tensors is not None:
+        found["tensors"] = [_tensor_to_json(tensor) for tensor in tensors]
+    return found
+
+
+def _tensor_to_json(tensor: StoredTensor) -> dict[str, Any]:
+    found = asdict(tensor)
+    numbers = found.pop("statistics") or {}
+    return found | {name: x if math.isfinite(x) else None for name, x in numbers.items()}
+
+
+def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+
+
 def tensors_of(checkpoint: Checkpoint, *, values: bool = False) -> Iterator[StoredTensor]:
     """Every tensor, whole, in the order of the layers. With `values` its numbers are read, too.
 
@@ -173,7 +241,7 @@ def _splits(gpt_j_residual: bool | None) -> dict[str, str]:
             name: split if split == other[name] else f"{other[name]} or {split}"
             for name, split in one.items()
         }
-    found = {}
+    found: dict[str, str] = {}
     for norm in ("layernorm", "rmsnorm"):
         config = ModelConfig(
             num_layers=1,
@@ -218,4 +286,4 @@ def _optimizer(checkpoint: Checkpoint) -> str | None:
     if not state.get("optimizer"):
         return None
     replicas = state.get("dp_world_size")
-    return f"whole, in the mp_rank files, of tp {checkpoint.tp} x dp {replicas}"
+    return f"in the mp_rank files, without ZeRO, of tp {checkpoint.tp} x dp {replicas}"
