@@ -1,7 +1,6 @@
-"""Transformers folders and their config.json, in both directions. Neither torch nor transformers.
+"""Transformers folders and what their config.json says, as every version of transformers wrote it.
 
-Read is GPTNeoXForCausalLM as every version of transformers wrote it. Written is the class among
-GPTNeoX, Llama and Mistral that computes the same function, if there is one.
+GPTNeoXForCausalLM is read. neox.config.hf_classes is the other direction.
 """
 
 from __future__ import annotations
@@ -63,7 +62,7 @@ _SETTLE = {
 }
 
 # Transformers' activations -> `activation` and `bias_gelu_fusion`, which is GELU's tanh form.
-_ACTIVATIONS = {
+ACTIVATIONS = {
     "gelu": ("gelu", False),
     "gelu_python": ("gelu", False),
     "gelu_pytorch_tanh": ("gelu", True),
@@ -158,8 +157,8 @@ def _refusals(config: Mapping[str, Any], rope: Any) -> Iterator[str]:
     scaling = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else rope
     if scaling != "default":
         yield f"its rotary positions are scaled ({show(scaling)}), which is not supported."
-    if not isinstance(config["hidden_act"], str) or config["hidden_act"] not in _ACTIVATIONS:
-        known = listed(_ACTIVATIONS)
+    if not isinstance(config["hidden_act"], str) or config["hidden_act"] not in ACTIVATIONS:
+        known = listed(ACTIVATIONS)
         yield f"hidden_act is {show(config['hidden_act'])}, which is not supported. Use {known}."
     if "quantization_config" in config:
         yield "its weights are quantized (quantization_config), which is not supported."
@@ -178,7 +177,7 @@ def _fitting(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
         problems.append(f"tie_word_embeddings is {show(tied)}, but it must be true or false.")
     if not isinstance(rows, int) or isinstance(rows, bool) or rows < 1:
         problems.append(f"vocab_size is {show(rows)}, but it must be an integer of 1 or more.")
-    activation, is_tanh = _ACTIVATIONS[config["hidden_act"]]
+    activation, is_tanh = ACTIVATIONS[config["hidden_act"]]
     values |= {
         "no_weight_tying": not tied,
         "pos_emb": "rotary",
@@ -189,105 +188,3 @@ def _fitting(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     if activation == "gelu":
         values["bias_gelu_fusion"] = is_tanh
     return values, problems
-
-
-def model_type(config: ModelConfig) -> str:
-    """The class of transformers that computes what `config` does: gpt_neox, llama or mistral.
-
-    Raises ConfigError with the reasons where there is none.
-    """
-    if config.norm == "rmsnorm":
-        kind = "llama" if config.sliding_window_width is None else "mistral"
-        reasons = list(_not_llama(config, kind))
-    else:
-        kind, reasons = "gpt_neox", list(_not_gpt_neox(config))
-    if reasons:
-        raise ConfigError(
-            f"transformers has no class for this model: of those it has, {kind} is nearest to it, "
-            f"but {listed(reasons, 'and')}."
-        )
-    return kind
-
-
-def _not_gpt_neox(config: ModelConfig) -> Iterator[str]:
-    written = {activation for activation, _ in _ACTIVATIONS.values()}
-    if config.pos_emb != "rotary":
-        yield f"pos_emb is {config.pos_emb} (it has rotary)"
-    if config.activation not in written:
-        yield f"activation is {config.activation} (it has {listed(sorted(written))})"
-    if config.sliding_window_width is not None:
-        yield f"sliding_window_width is {config.sliding_window_width} (it has no window)"
-
-
-def _not_llama(config: ModelConfig, kind: str) -> Iterator[str]:
-    if config.pos_emb != "rotary":
-        yield f"pos_emb is {config.pos_emb} (it has rotary)"
-    elif config.rotary_dim != config.head_dim:
-        yield f"rotary_pct is {config.rotary_pct:g} (it rotates whole heads)"
-    if config.gpt_j_residual:
-        yield "gpt_j_residual is true (its residual is sequential)"
-    if config.activation != "swiglu":
-        yield f"activation is {config.activation} (it has swiglu)"
-    if kind == "mistral" and (config.use_bias_in_attn_linear or config.use_bias_in_mlp):
-        yield "there are biases (it has none)"
-
-
-def config_json(
-    config: ModelConfig, vocab_size: int, dtype: str, tokens: Mapping[str, int | None]
-) -> dict[str, Any]:
-    """config.json for versions 4 and 5 of transformers, which name some things differently.
-
-    `vocab_size` is the embedding's rows; `tokens` have bos_token_id, eos_token_id, pad_token_id.
-    Raises ConfigError as `model_type` does.
-    """
-    kind = model_type(config)
-    rope = {"rope_type": "default", "rope_theta": float(config.rotary_emb_base)}
-    own: dict[str, Any]
-    if kind == "gpt_neox":
-        name = "GPTNeoXForCausalLM"
-        rope["partial_rotary_factor"] = config.rotary_pct
-        own = {
-            "hidden_act": _hidden_act(config),
-            "layer_norm_eps": config.layernorm_epsilon,
-            "use_parallel_residual": config.gpt_j_residual,
-            "attention_bias": config.use_bias_in_attn_linear,
-            "hidden_dropout": config.hidden_dropout,
-            "rotary_pct": config.rotary_pct,
-            "rotary_emb_base": config.rotary_emb_base,
-        }
-    else:
-        name = "LlamaForCausalLM" if kind == "llama" else "MistralForCausalLM"
-        own = {
-            "hidden_act": "silu",
-            "num_key_value_heads": config.kv_heads,
-            "rms_norm_eps": config.rms_norm_epsilon**2,  # see docs/numerics.md
-            "rope_theta": rope["rope_theta"],
-        }
-    if kind == "llama":
-        own["attention_bias"] = config.use_bias_in_attn_linear
-        own["mlp_bias"] = config.use_bias_in_mlp
-    if config.sliding_window_width is not None:
-        own["sliding_window"] = config.sliding_window_width + 1  # theirs counts the token itself
-    return {
-        "architectures": [name],
-        "model_type": kind,
-        "vocab_size": vocab_size,
-        "hidden_size": config.hidden_size,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_attention_heads,
-        "intermediate_size": config.ffn_size,
-        "max_position_embeddings": config.max_position_embeddings,
-        "attention_dropout": config.attention_dropout,
-        "tie_word_embeddings": not config.no_weight_tying,
-        **own,
-        "rope_parameters": rope,
-        **tokens,
-        "dtype": dtype,
-        "torch_dtype": dtype,
-    }
-
-
-def _hidden_act(config: ModelConfig) -> str:
-    if config.gelu_approximation == "tanh":
-        return "gelu_pytorch_tanh"
-    return config.activation

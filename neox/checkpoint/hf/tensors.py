@@ -39,7 +39,7 @@ def gpt_neox_prefixes(num_layers: int) -> dict[int, tuple[str, str]]:
 def recipes(config: ModelConfig, model_type: str, layer: Layer) -> list[Recipe]:
     """Every tensor that transformers' class for `model_type` has for a layer of ours."""
     assert layer.layout is not None
-    named = _gpt_neox if model_type == "gpt_neox" else _llama
+    named = {"gpt_neox": _gpt_neox, "gpt2": _gpt2, "llama": _llama, "mistral": _llama}[model_type]
     return list(named(config, layer.index, layer.layout))
 
 
@@ -50,7 +50,7 @@ def _gpt_neox(config: ModelConfig, index: int, layout: LayerLayout) -> Iterator[
         name = name.replace(_LINEAR1, "mlp.dense_h_to_4h.")
         name = name.replace("mlp.linear2.", "mlp.dense_4h_to_h.")
         if source.startswith(_QKV) and config.kv_heads < config.num_attention_heads:
-            yield _recipe(name, source, layout, partial(_one_kv_head_each, config))
+            yield _recipe(name, source, layout, partial(_interleaved_qkv, config))
         else:
             yield _recipe(name, source, layout)
         if config.shares_norm and source.startswith("input_layernorm."):
@@ -61,19 +61,50 @@ def _gpt_neox(config: ModelConfig, index: int, layout: LayerLayout) -> Iterator[
         yield Recipe(f"{theirs}mlp.dense_4h_to_h.bias", (config.hidden_size,))
 
 
+def _gpt2(config: ModelConfig, index: int, layout: LayerLayout) -> Iterator[Recipe]:
+    """Its Conv1D holds a weight as [in, out], and queries, keys and values one after another."""
+    block = f"transformer.h.{index - 2}."
+    names = {
+        "word_embeddings": "transformer.wte",
+        "position_embeddings": "transformer.wpe",
+        "norm": "transformer.ln_f",
+        "final_linear": "lm_head",
+        "input_layernorm": f"{block}ln_1",
+        "post_attention_layernorm": f"{block}ln_2",
+        "attention.query_key_value": f"{block}attn.c_attn",
+        "attention.dense": f"{block}attn.c_proj",
+        "mlp.linear1": f"{block}mlp.c_fc",
+        "mlp.linear2": f"{block}mlp.c_proj",
+    }
+    for source in layout:
+        module, _, kind = source.rpartition(".")
+        name = f"{names[module]}.{kind}"
+        if source.startswith(_QKV):
+            yield _recipe(name, source, layout, partial(_stacked_qkv, config))
+        elif source.startswith(("attention.", "mlp.")):
+            yield _recipe(name, source, layout, _transposed)
+        else:
+            yield _recipe(name, source, layout)
+        if f"{module}.bias" not in layout and source.startswith(("attention.", "mlp.")):
+            rows = layout[source].shape[0]
+            if source.startswith(_QKV):
+                rows = 3 * config.hidden_size
+            yield Recipe(f"{names[module]}.bias", (rows,))
+
+
 def _llama(config: ModelConfig, index: int, layout: LayerLayout) -> Iterator[Recipe]:
     block = f"model.layers.{index - 2}."
     names = {
-        "word_embeddings.": "model.embed_tokens.",
-        "norm.": "model.norm.",
-        "final_linear.": "lm_head.",
-        "input_layernorm.": f"{block}input_layernorm.",
-        "post_attention_layernorm.": f"{block}post_attention_layernorm.",
-        "attention.dense.": f"{block}self_attn.o_proj.",
-        "mlp.linear2.": f"{block}mlp.down_proj.",
+        "word_embeddings": "model.embed_tokens",
+        "norm": "model.norm",
+        "final_linear": "lm_head",
+        "input_layernorm": f"{block}input_layernorm",
+        "post_attention_layernorm": f"{block}post_attention_layernorm",
+        "attention.dense": f"{block}self_attn.o_proj",
+        "mlp.linear2": f"{block}mlp.down_proj",
     }
     for source in layout:
-        module, dot, kind = source.rpartition(".")
+        module, _, kind = source.rpartition(".")
         kind = kind.replace("scale", "weight")
         if source.startswith(_QKV):
             for part, letter in enumerate("qkv"):
@@ -84,7 +115,7 @@ def _llama(config: ModelConfig, index: int, layout: LayerLayout) -> Iterator[Rec
                 name = f"{block}mlp.{word}_proj.{kind}"
                 yield _recipe(name, source, layout, partial(_half, half))
         else:
-            yield _recipe(names[module + dot] + kind, source, layout)
+            yield _recipe(f"{names[module]}.{kind}", source, layout)
 
 
 def _recipe(
@@ -97,15 +128,30 @@ def _recipe(
     return Recipe(name, tuple(make(whole).shape), source, make)
 
 
-def _one_kv_head_each(config: ModelConfig, qkv: Tensor) -> Tensor:
-    """[queries, keys, values] -> for every query head its q, k and v; k and v are repeated."""
-    q, k, v = (_part_of_qkv(config, part, qkv) for part in range(3))
+def _qkv_by_head(config: ModelConfig, qkv: Tensor) -> list[Tensor]:
+    """Queries, keys and values as [heads, head, ...]; those of grouped queries are repeated."""
     share = config.num_attention_heads // config.kv_heads
-    by_head = [
-        heads.unflatten(0, (-1, config.head_dim)).repeat_interleave(repeats, 0)
-        for heads, repeats in ((q, 1), (k, share), (v, share))
+    return [
+        _part_of_qkv(config, part, qkv)
+        .unflatten(0, (-1, config.head_dim))
+        .repeat_interleave(repeats, 0)
+        for part, repeats in ((0, 1), (1, share), (2, share))
     ]
-    return torch.cat(by_head, 1).flatten(0, 1)
+
+
+def _interleaved_qkv(config: ModelConfig, qkv: Tensor) -> Tensor:
+    """For every query head its query, key and value."""
+    return torch.cat(_qkv_by_head(config, qkv), 1).flatten(0, 1)
+
+
+def _stacked_qkv(config: ModelConfig, qkv: Tensor) -> Tensor:
+    """[in, out] of all queries, all keys, all values."""
+    return _transposed(torch.cat(_qkv_by_head(config, qkv)).flatten(0, 1))
+
+
+def _transposed(tensor: Tensor) -> Tensor:
+    """A weight as [in, out]; a bias as it is."""
+    return tensor.T if tensor.dim() == 2 else tensor
 
 
 def _part_of_qkv(config: ModelConfig, part: int, qkv: Tensor) -> Tensor:
