@@ -124,7 +124,7 @@ def list_hub(client: Client, hubs: Sequence[str], repository: str, revision: str
             + advice(problems)
             + " A private or gated model needs HF_TOKEN."
         )
-    by_name = {entry["path"]: entry for entry in entries if entry["type"] == "file"}
+    by_name = {entry["path"]: entry for entry in entries}
     kinds = [[name for name in by_name if re.fullmatch(kind, name)] for kind in _WEIGHTS]
     weights = next(filter(None, kinds), None)
     if not weights:
@@ -150,7 +150,7 @@ def read_tree(client: Client, hub: str, repository: str, revision: str) -> list[
         try:
             page = json.loads(body)
             for entry in page:  # what list_hub reads
-                _ = entry["path"], entry["type"], entry["size"], entry["oid"]
+                _ = entry["path"], entry["size"], entry["oid"]
         except (ValueError, TypeError, KeyError) as error:
             raise Unavailable("its answer is not a list of files") from error
         entries += page

@@ -112,9 +112,11 @@ def test_waits_grow_and_come_to_an_end(site: Site, tmp_path: Path) -> None:
 
 def test_a_server_without_ranges_starts_the_file_again(site: Site, tmp_path: Path) -> None:
     site.ranges = False
-    site.faults["/w"] = [("drop", HALF)]
+    remote(site).part(tmp_path).write_bytes(b"x" * HALF)
+    site.faults["/w"] = [("drop", 100)]
     assert Transfer(remote(site), tmp_path).shown == len(BODY)
     check(tmp_path)
+    assert len(site.gets("/w")) == 2
 
 
 def test_a_server_without_ranges_that_always_drops_is_given_up(site: Site, tmp_path: Path) -> None:
@@ -274,10 +276,10 @@ def test_the_proxy_of_the_environment_is_used(
 MODEL = {
     "config.json": b'{"model_type": "gpt_neox"}',
     "tokenizer.json": b"{}",
-    "model.safetensors": BODY,
     "pytorch_model.bin": b"the same weights",
     "flax_model.msgpack": b"the same weights",
     "README.md": b"# A model",
+    "model.safetensors": BODY,
 }
 
 
