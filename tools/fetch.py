@@ -17,13 +17,15 @@ process had fetched and compares no checksums, and 20B's slim weights are not on
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import os
 import re
 import shutil
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -137,7 +139,10 @@ def fetch(client: Client, listing: Listing, record: Record, jobs: int) -> None:
     check_space(missing, output)
     begun = sum(part.stat().st_size for file in missing if (part := file.part(output)).exists())
     lock = threading.Lock()
-    with log.progress(total=total(missing), desc="fetching", unit="B", initial=begun) as bar:
+    with (
+        alone_in(output),
+        log.progress(total=total(missing), desc="fetching", unit="B", initial=begun) as bar,
+    ):
 
         def report(count: int) -> None:
             with lock:
@@ -156,6 +161,23 @@ def fetch(client: Client, listing: Listing, record: Record, jobs: int) -> None:
 
         for file, entry in in_parallel(bring, missing, jobs):
             record.add(file, entry)
+
+
+@contextmanager
+def alone_in(output: Path) -> Iterator[None]:
+    """Two fetches would write to the same parts. The lock ends with its process."""
+    output.mkdir(parents=True, exist_ok=True)
+    handle = os.open(output, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise CheckpointError(f"{output}: another fetch is at work there.") from None
+        except OSError:
+            pass  # a file system without locks
+        yield
+    finally:
+        os.close(handle)
 
 
 @dataclass(frozen=True)

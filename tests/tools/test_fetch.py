@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import io
 import os
@@ -489,6 +490,15 @@ def test_control_c_stops_and_the_same_command_goes_on(
     assert run("own/small", "--output", tmp_path) == 0
     assert [r.range for r in hub.gets("/cdn/model.safetensors")] == [f"bytes={HALF}-"]
     assert (tmp_path / "model.safetensors").read_bytes() == BODY
+
+
+def test_two_at_once_are_refused(hub: Site, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    handle = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    assert run("own/small", "--output", tmp_path) == 2
+    assert f"{tmp_path}: another fetch is at work there" in capsys.readouterr().err
+    os.close(handle)
+    assert run("own/small", "--output", tmp_path) == 0
 
 
 @pytest.mark.parametrize(
