@@ -69,13 +69,14 @@ def reshard(
     *,
     todays_names: bool = False,
     dtype: torch.dtype | None = None,
+    configs: Mapping[str, str] | None = None,
 ) -> Path:
     """Write `checkpoint` into `directory` as config.tp shards of `rows` rows; return its folder.
 
-    `config` tells the architecture, which says how each tensor is split. Every file is verified
-    before it is read. Memory holds one shard of one layer, besides the pages of that layer's
-    files. Optimizer state is left behind, with a line about it. Not collective, one process.
-    Raises CheckpointError.
+    `config` tells the architecture, which says how each tensor is split. `configs` are the YAML
+    files to keep; by default those that the checkpoint kept. Every file is verified before it is
+    read. Memory holds one shard of one layer, besides the pages of that layer's files. Optimizer
+    state is left behind, with a line about it. Not collective, one process. Raises CheckpointError.
     """
     model = layers(config, rows, torch.float32, _SINGLE)
     with_files = [layer for layer in model if layer.has_file]
@@ -109,7 +110,7 @@ def reshard(
         directory,
         checkpoint.iteration,
         write,
-        _configs(checkpoint.folder),
+        _configs(checkpoint.folder) if configs is None else configs,
         _SINGLE,
         grid={"tp": config.tp, "pp": 1, "dp": 1},
         padded_vocab_size=rows,

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from neox.config.fields import keys_of
 from neox.config.model import ModelConfig
 from neox.config.values import Misfit, fit, listed, show
@@ -126,6 +128,11 @@ def read_folder(folder: Path) -> Folder:
         raise ConfigError(f"{path}: {' '.join(problems)}")
     precision = PRECISIONS.get(config.get("dtype") or config.get("torch_dtype") or "")
     return Folder(folder, values, config, config["vocab_size"], precision)
+
+
+def yaml_text(values: Mapping[str, Any]) -> str:
+    """A configuration file of `values`, in their order."""
+    return yaml.safe_dump(dict(values), sort_keys=False)
 
 
 def read_json(path: Path) -> dict[str, Any]:

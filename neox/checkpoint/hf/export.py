@@ -15,7 +15,7 @@ from torch import Tensor
 
 from neox import log
 from neox.atomic import write_bytes, write_text
-from neox.checkpoint.hf.files import SAFETENSORS
+from neox.checkpoint.hf.files import SAFETENSORS, check_new
 from neox.checkpoint.hf.proof import prove
 from neox.checkpoint.hf.tensors import Recipe, recipes
 from neox.checkpoint.hf.tokenizer import Tokenizer, special_tokens, tokenizer_files
@@ -62,8 +62,7 @@ def export(
     holds one tensor and, in the proof, one layer in fp32. Not collective, one process.
     Raises ConfigError where transformers has no class for the model, and CheckpointError.
     """
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise CheckpointError(f"{output} is there already, and not empty. Name a new folder.")
+    check_new(output)
     kind = model_type(config)
     parts = list(_parts(checkpoint, config, kind, dtype))
     place = output.absolute()

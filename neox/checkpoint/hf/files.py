@@ -143,6 +143,12 @@ def load_tensors(path: Path, names: Iterable[str] | None = None) -> dict[str, Te
         raise CheckpointError(f"{path} is damaged: {error}.") from error
 
 
+def check_new(output: Path) -> None:
+    """Raises CheckpointError unless `output` is missing or an empty folder."""
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise CheckpointError(f"{output} is there already, and not empty. Name a new folder.")
+
+
 def _some(names: Collection[str]) -> str:
     shown = ", ".join(sorted(names)[:_SHOWN])
     return f"{shown} and {len(names) - _SHOWN} more" if len(names) > _SHOWN else shown

@@ -1,0 +1,46 @@
+"""A transformers folder as a checkpoint of layer files, with a configuration to use it by."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from neox.atomic import write_bytes
+from neox.checkpoint.hf.files import TransformersFiles, check_new
+from neox.checkpoint.neox import Checkpoint
+from neox.checkpoint.reshard import choose_rows, reshard
+from neox.config import from_dict, hf
+from neox.errors import CheckpointError
+
+CONFIG = "hf.yml"
+
+
+def import_folder(folder: Path, output: Path, *, tp: int = 1) -> Path:
+    """Write the weights to `output`, a new folder, as iteration 0 in `tp` shards; return the step.
+
+    They keep their precision and the vocabulary its rows. configs/hf.yml in the step describes the
+    model and names `output` and the tokenizer, if there is one, which is copied there: generate.py
+    needs no more. Memory holds one shard of one layer. Not collective, one process. Raises
+    CheckpointError, and ConfigError where `tp` does not divide the model.
+    """
+    if not hf.is_transformers(folder):
+        raise CheckpointError(f"{folder} holds no model of transformers: config.json and weights.")
+    check_new(output)
+    source = TransformersFiles(folder)
+    checkpoint, model = Checkpoint(folder, source), source.config
+    values = {**model.values, "seq_length": model.values["max_position_embeddings"]}
+    config = from_dict({**values, "model_parallel_size": tp}, world_size=tp)
+    rows = choose_rows(checkpoint, config, None, None)
+    place = output.absolute()
+    values |= {"precision": model.precision or "fp32", "pipe_parallel_size": 1, "load": str(place)}
+    if model.tokenizer is not None:
+        values |= {"tokenizer_type": "HFTokenizer", "vocab_file": str(place / hf.TOKENIZER)}
+    configs = {CONFIG: hf.yaml_text(values)}
+    step = reshard(checkpoint, output, config, rows, todays_names=True, configs=configs)
+    if model.tokenizer is not None:
+        try:
+            write_bytes(place / hf.TOKENIZER, model.tokenizer.read_bytes())
+        except OSError as error:
+            raise CheckpointError(
+                f"{output}: its {hf.TOKENIZER} cannot be written: {error.strerror}."
+            ) from error
+    return step
