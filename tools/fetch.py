@@ -244,11 +244,10 @@ def finish_20b(output: Path, record: Record) -> None:
 
     values = source.read(REPOSITORY / "configs/20B.yml").values
     config = from_dict({key: values[key] for key in values if key in (*ARCHITECTURE, "seq_length")})
-    files = {
-        Path(path).name: Entry(finished.bytes, finished.xxh128)
-        for path, finished in record.files.items()
-        if path.startswith(STEP_20B)
-    }
+    files = {}
+    for path in sorted((output / STEP_20B).glob("*.pt")):  # what else was put there belongs to it
+        finished = record.files.get(f"{STEP_20B}/{path.name}")
+        files[path.name] = Entry(finished.bytes, finished.xxh128) if finished else digest(path)
     Manifest(
         output / STEP_20B,
         iteration=int(STEP_20B.removeprefix("global_step")),

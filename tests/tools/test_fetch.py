@@ -535,6 +535,8 @@ def test_the_slim_weights_become_a_checkpoint(
 ) -> None:
     layer = f"{published.STEP_20B}/layer_17-model_01-model_states.pt"
     slim.faults[f"/{layer}"] = [("drop", 500), ("flip",)]  # the file's own checksums find it
+    (tmp_path / published.STEP_20B).mkdir()
+    (tmp_path / published.STEP_20B / "mp_rank_00_model_states.pt").write_bytes(b"by hand")
     assert run("20B", "--output", tmp_path) == 0
     said = capsys.readouterr()
     assert "95 files" in said.out and "no others are published" in said.out
