@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from neox.checkpoint.files import check_crc, save_file
 from neox.checkpoint.hf.files import TransformersFiles
-from neox.checkpoint.manifest import Entry, Manifest
+from neox.checkpoint.manifest import HAS_MANIFEST, MANIFEST, Entry, Manifest
 from neox.checkpoint.sources import (
     LayerFiles,
     ModelFiles,
@@ -27,9 +27,10 @@ from neox.checkpoint.sources import (
     has_layer_files,
     has_model_files,
     layer_file,
+    load_model_file,
 )
 from neox.config.hf import is_transformers
-from neox.errors import CheckpointError
+from neox.errors import CheckpointError, DamageError
 from neox.model.gpt import Layer, LocalLayers
 from neox.model.layout import ParamLayout
 from neox.model.shard import file_shard, reshard, reshard_into
@@ -81,6 +82,31 @@ def latest_name(directory: Path) -> str:
     return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
+def read_manifest(folder: Path) -> Manifest | None:
+    """The manifest of a step folder; None where it was written without one. DamageError."""
+    manifest = Manifest.read(folder)
+    step = re.fullmatch(r"global_step(\d+)", folder.name)
+    if manifest is None:
+        for path in sorted(folder.glob("mp_rank_*_model_states.pt")):
+            if _was_written_with_one(path):
+                raise DamageError(
+                    f"{folder / MANIFEST} is missing: {path.name} was written with it."
+                )
+    elif step and int(step[1]) != manifest.iteration:
+        raise DamageError(
+            f"{folder / MANIFEST} is that of iteration {manifest.iteration}, which does not go "
+            "with the folder's name."
+        )
+    return manifest
+
+
+def _was_written_with_one(path: Path) -> bool:
+    try:
+        return bool(load_model_file(path).get(HAS_MANIFEST))
+    except CheckpointError:
+        return False  # damage of the file itself is found where the file is needed
+
+
 def _found(directory: Path) -> str:
     steps = sorted(
         (p.name for p in directory.glob("global_step*") if p.is_dir()),
@@ -116,7 +142,7 @@ class Checkpoint:
         if iteration is None and is_transformers(directory):
             return cls(directory, TransformersFiles(directory))
         folder = resolve(directory, iteration)
-        manifest = Manifest.read(folder)
+        manifest = read_manifest(folder)
         if manifest is not None:
             manifest.check_sizes("layer_*")
         if has_layer_files(folder):
@@ -161,9 +187,8 @@ class Checkpoint:
         """Each tp shard of a layer, by today's names, memory-mapped. Raises CheckpointError."""
         if index not in self.source.indices:
             raise CheckpointError(
-                f"{self.folder} holds no {layer_file(self.folder, index, 0).name}. Its files are "
-                f"those of num_layers {self.depth}; check num_layers and no_weight_tying, or find "
-                "the missing file."
+                f"{self.folder} holds no {layer_file(self.folder, index, 0).name}: find the "
+                "missing file."
             )
         return self.source.shards(index)
 
@@ -242,8 +267,8 @@ class Checkpoint:
         if layer.index != layer.file_index and layer.index in self.source.indices:
             raise CheckpointError(
                 f"{self.folder} holds {layer_file(self.folder, layer.index, 0).name}, an output "
-                "projection of its own, but the configuration ties it to the embedding. Set "
-                "no_weight_tying: true."
+                "projection of its own, but the configuration ties it to the embedding "
+                "(no_weight_tying)."
             )
         stored = self.shards(layer.file_index)
         for shard in stored:
@@ -268,8 +293,7 @@ class Checkpoint:
                     for what, names in (("it lacks", missing), ("it also has", surplus))
                     if names
                 )
-                + ". Check num_layers, norm, pos_emb, gpt_j_residual, gpt_j_tied, "
-                "use_bias_in_attn_linear, use_bias_in_mlp and no_weight_tying."
+                + ". It is of another model, or damaged."
             )
 
     def _check_shapes(
@@ -290,8 +314,8 @@ class Checkpoint:
         if whole != wanted:
             raise CheckpointError(
                 f"{self.folder}: {name} of layer {index:02d} is {whole} "
-                f"(over {len(shards)} shards), but the configuration makes it {wanted}. Check "
-                "hidden_size, num_attention_heads, num_kv_heads and intermediate_size."
+                f"(over {len(shards)} shards), but the configuration makes it {wanted}: it is of "
+                "another model."
             )
 
 

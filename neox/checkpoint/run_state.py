@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from neox.checkpoint.files import save_file
-from neox.checkpoint.manifest import Entry
+from neox.checkpoint.manifest import HAS_MANIFEST, Entry
 from neox.checkpoint.sources import model_file
-from neox.checkpoint.verify import HAS_MANIFEST
 
 # What a run goes on from besides weights and optimizer state, as upstream calls it.
 _KEPT = ("iteration", "global_steps", "global_samples", "skipped_steps", "lr_scheduler", "args")

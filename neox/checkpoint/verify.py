@@ -11,14 +11,11 @@ from neox import log
 from neox.checkpoint.directory import has_its_files, steps
 from neox.checkpoint.files import check_crc
 from neox.checkpoint.manifest import MANIFEST, Manifest
-from neox.checkpoint.neox import Checkpoint
+from neox.checkpoint.neox import Checkpoint, read_manifest
 from neox.checkpoint.optimizer_files import optimizer_files
 from neox.checkpoint.sources import load_model_file
 from neox.errors import CheckpointError, DamageError
 from neox.parallel.groups import ProcessGroups
-
-# Stands in the mp_rank files of a checkpoint that was written with a manifest.
-HAS_MANIFEST = "has_manifest"
 
 _CHECKPOINT_FILE = re.compile(r"(layer_|mp_rank_|(bf16_)?zero_pp_rank_).*\.pt$")
 _OPTIMIZER_FILE = re.compile(r"(bf16_)?zero_pp_rank_.*\.pt$")
@@ -38,7 +35,7 @@ def verify(
     """
     groups = groups or ProcessGroups.single()
     try:
-        manifest = _read_manifest(folder)
+        manifest = read_manifest(folder)
         names = _names(folder, manifest, weights_only)
     except CheckpointError as error:
         return [str(error)]
@@ -106,31 +103,6 @@ def tell_newer(folder: Path) -> None:
             f"load: `latest` in {folder.parent} names {folder.name}, which is used, although "
             f"{newer[0].name} is there; --iteration N chooses another"
         )
-
-
-def _read_manifest(folder: Path) -> Manifest | None:
-    """None where the checkpoint was written without one. Raises CheckpointError."""
-    manifest = Manifest.read(folder)
-    step = re.fullmatch(r"global_step(\d+)", folder.name)
-    if manifest is None:
-        for path in sorted(folder.glob("mp_rank_*_model_states.pt")):
-            if _was_written_with_one(path):
-                raise DamageError(
-                    f"{folder / MANIFEST} is missing: {path.name} was written with it."
-                )
-    elif step and int(step[1]) != manifest.iteration:
-        raise DamageError(
-            f"{folder / MANIFEST} is that of iteration {manifest.iteration}, which does not go "
-            "with the folder's name."
-        )
-    return manifest
-
-
-def _was_written_with_one(path: Path) -> bool:
-    try:
-        return bool(load_model_file(path).get(HAS_MANIFEST))
-    except CheckpointError:
-        return False  # damage of the file itself is found where the file is needed
 
 
 def _names(folder: Path, manifest: Manifest | None, weights_only: bool) -> list[str]:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from neox.checkpoint.directory import keep_last, write_checkpoint
-from neox.checkpoint.verify import HAS_MANIFEST
+from neox.checkpoint.manifest import HAS_MANIFEST
 from neox.config import NeoXConfig
 from neox.config.architecture import architecture
 from neox.data.loaders import Batch, Loaders

@@ -9,7 +9,7 @@ from neox import log
 from neox.checkpoint.architecture import check_architecture
 from neox.checkpoint.directory import steps
 from neox.checkpoint.neox import Checkpoint, latest_name, resolve
-from neox.checkpoint.optimizer_files import optimizer_files
+from neox.checkpoint.optimizer_files import WITHOUT_OPTIMIZER, has_plain_state, optimizer_files
 from neox.checkpoint.verify import tell_newer, telling_another, verify
 from neox.config import NeoXConfig
 from neox.errors import CheckpointError, DamageError
@@ -52,8 +52,9 @@ def find_start(config: NeoXConfig, groups: ProcessGroups) -> Start:
     if config.no_load_optim:
         log.info(f"resuming {checkpoint.folder} without its optimizer state (no_load_optim)")
         return Start(iteration, checkpoint)
-    if optimizer_files(checkpoint.folder, checkpoint.tp) is None:
-        log.info(f"{checkpoint.folder} holds no ZeRO optimizer state: starting a fresh optimizer")
+    folder = checkpoint.folder
+    if optimizer_files(folder, checkpoint.tp) is None and not has_plain_state(folder):
+        log.info(f"{folder} holds no optimizer state: starting a fresh optimizer")
         return Start(iteration, checkpoint)
     log.info(f"resuming {checkpoint.folder} at iteration {iteration}")
     return Start(iteration, checkpoint, with_optimizer=True)
@@ -75,6 +76,7 @@ def _newest_whole(directory: Path, weights_only: bool, groups: ProcessGroups) ->
         log.warning(f"load: {folder.name} is damaged, and not used: {damaged[-1]}")
     raise CheckpointError(
         f"load: no checkpoint in {directory} can be resumed. {' '.join(damaged[:3])}"
+        f"{_without_optimizer(candidates[0], weights_only, groups)}"
     )
 
 
@@ -103,13 +105,20 @@ def _whole(
         checkpoint = Checkpoint.open(folder)
         problems = verify(folder, groups, weights_only=weights_only)
         if problems:
-            raise DamageError(_told(problems))
+            advice = _without_optimizer(folder, weights_only, groups)
+            raise DamageError(f"{_told(problems)}{advice}")
     return _verified(checkpoint)
 
 
 def _told(problems: list[str]) -> str:
     more = f" There are {len(problems) - 2} more such files." if len(problems) > 2 else ""
     return f"{' '.join(problems[:2])}{more}"
+
+
+def _without_optimizer(folder: Path, weights_only: bool, groups: ProcessGroups) -> str:
+    if weights_only or verify(folder, groups, weights_only=True):
+        return ""
+    return f" The weights of {folder.name} are whole. {WITHOUT_OPTIMIZER}"
 
 
 def _verified(checkpoint: Checkpoint) -> Checkpoint:
