@@ -17,7 +17,7 @@ from neox import log
 from neox.checkpoint.directory import write_checkpoint
 from neox.checkpoint.files import save_file
 from neox.checkpoint.manifest import Entry
-from neox.checkpoint.neox import Checkpoint
+from neox.checkpoint.neox import Checkpoint, step_folder
 from neox.checkpoint.run_state import save_run_state
 from neox.checkpoint.sources import layer_file, load_model_file, model_file
 from neox.checkpoint.vocabulary import check_tokens, padded_vocab_size
@@ -81,8 +81,7 @@ def reshard(
     model = layers(config, rows, torch.float32, _SINGLE)
     with_files = [layer for layer in model if layer.has_file]
     check_layers(checkpoint, with_files)
-    if (directory / checkpoint.folder.name).resolve() == checkpoint.folder.resolve():
-        raise CheckpointError(f"{checkpoint.folder} can't be written over itself: name another.")
+    check_free(directory, checkpoint.iteration)
     run_state = _run_state(checkpoint)
 
     def write(folder: Path) -> Mapping[str, Entry]:
@@ -116,6 +115,13 @@ def reshard(
         padded_vocab_size=rows,
         architecture=architecture(config),
     )
+
+
+def check_free(directory: Path, iteration: int) -> None:
+    """Raises CheckpointError where a checkpoint would be replaced, or written over itself."""
+    folder = step_folder(directory, iteration)
+    if folder.exists():
+        raise CheckpointError(f"{folder} is there already. Name another output folder.")
 
 
 def check_layers(checkpoint: Checkpoint, model: Sequence[Layer]) -> None:

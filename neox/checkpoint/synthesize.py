@@ -12,6 +12,7 @@ from neox import log
 from neox.checkpoint.directory import write_checkpoint
 from neox.checkpoint.files import save_file
 from neox.checkpoint.manifest import Entry
+from neox.checkpoint.reshard import check_free
 from neox.checkpoint.run_state import save_run_state
 from neox.checkpoint.sources import layer_file, legacy_name
 from neox.config import NeoXConfig
@@ -37,6 +38,7 @@ def synthesize(directory: Path, config: NeoXConfig, rows: int, *, legacy_names: 
     rotary frequencies that they hold. Memory holds one layer, and one tensor in float32. Not
     collective, one process. Raises CheckpointError.
     """
+    check_free(directory, _ITERATION)
     model = layers(config, rows, torch_dtype(config.dtype), ProcessGroups.single())
     with_files = [layer for layer in model if layer.has_file]
 

@@ -271,9 +271,10 @@ def test_a_damaged_file_is_not_copied(tmp_path: Path) -> None:
     assert not (tmp_path / "new/global_step5").exists()
 
 
-@pytest.mark.parametrize("output", [".", "link"])
-def test_a_checkpoint_is_not_written_over_itself(tmp_path: Path, output: str) -> None:
+@pytest.mark.parametrize("output", [".", "link", "other"])
+def test_a_checkpoint_is_not_written_over_itself_or_another(tmp_path: Path, output: str) -> None:
     write_model(tmp_path, 5)
+    write_model(tmp_path / "other", 5)
     (tmp_path / "link").symlink_to(tmp_path)
-    with pytest.raises(CheckpointError, match="over itself"):
+    with pytest.raises(CheckpointError, match="global_step5 is there already"):
         reshard(Checkpoint.open(tmp_path), tmp_path / output, at(2), VOCAB)
