@@ -288,10 +288,12 @@ def _asked_to_wait(error: Exception) -> float | None:
 def _reason(error: Exception) -> str:
     if isinstance(error, urllib.error.HTTPError):
         return f"HTTP {error.code} {error.reason}"
-    if isinstance(error, urllib.error.URLError):
-        return str(error.reason)
+    if isinstance(error, urllib.error.URLError) and isinstance(error.reason, Exception):
+        return _reason(error.reason)
     if isinstance(error, TimeoutError):
         return f"no answer for {_SILENCE} s"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
     return str(error) or type(error).__name__
 
 

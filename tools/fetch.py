@@ -82,7 +82,8 @@ def main(
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__.rpartition("\n\n")[0],  # why this way is not for users
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "model", help="20B, a name like pythia-1.4b-deduped or gpt-j-6B, or OWNER/REPO on the hub"
