@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -29,14 +30,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from neox import log
 from neox.cluster.main import exit_status
 from neox.config import ModelConfig, NeoXConfig, Override, from_dict, load_config, parse_set
-from neox.errors import CheckpointError
+from neox.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from neox.checkpoint.neox import Checkpoint
+    from neox.tokenizer import Tokenizer
 
 # torch is imported inside the functions: `logits` sets up each process before it is.
 
-PRECISIONS = ("fp16", "bfloat16", "fp32")
+PRECISIONS = {"fp16": "float16", "bfloat16": "bfloat16", "fp32": "float32"}
 TOKENS_OF_20B = 50277
 
 
@@ -119,7 +121,9 @@ def build_parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--output", required=True, metavar="NPZ", help="`logits`, float32 [batch, length, rows]"
     )
-    command.add_argument("--load", metavar="FOLDER", help="instead of the configuration's")
+    command.add_argument(
+        "--load", type=Path, metavar="FOLDER", help="instead of the configuration's"
+    )
     _add_iteration(command)
     _add_set(command)
     return parser
@@ -225,7 +229,35 @@ def run_diff(options: argparse.Namespace) -> int:
 
 
 def run_convert(options: argparse.Namespace) -> int:
-    raise NotImplementedError
+    from neox.checkpoint.hf.export import export
+    from neox.checkpoint.hf.importing import import_folder
+    from neox.checkpoint.neox import Checkpoint
+    from neox.checkpoint.reshard import choose_rows, reshard
+    from neox.config.hf import is_transformers
+    from neox.model.gpt import torch_dtype
+
+    dtype = torch_dtype(PRECISIONS[options.dtype]) if options.dtype else None
+    tp, output = options.model_parallel_size, options.output
+    if options.to == "neox" and is_transformers(options.folder):
+        folder = import_folder(options.folder, output, tp=tp or 1, dtype=dtype)
+        log.info(f"{folder}: {tp or 1} shards; ./deepy.py generate.py {folder}/configs/hf.yml")
+        return 0
+    checkpoint = Checkpoint.open(options.folder, options.iteration)
+    if options.to == "neox":
+        config = config_at(checkpoint, options.config, tp or checkpoint.tp)
+        rows = choose_rows(checkpoint, config, None, tokenizer_size(config))
+        folder = reshard(checkpoint, output, config, rows, todays_names=True, dtype=dtype)
+        log.info(f"{folder}: {config.tp} shards by today's names")
+        return 0
+    if tp is not None:
+        raise ConfigError("--model_parallel_size: a transformers folder is whole; leave it out.")
+    config = config_at(checkpoint, options.config, 1)
+    tokenizer = find_tokenizer(config)
+    if tokenizer is None:
+        log.warning(f"{output} gets no tokenizer: no vocab_file is known that is there (--config)")
+    export(checkpoint, config, output, dtype=dtype, tokenizer=tokenizer)
+    log.info(f"{output}: for transformers' from_pretrained")
+    return 0
 
 
 def run_reshard(options: argparse.Namespace) -> int:
@@ -266,8 +298,7 @@ def run_logits(options: argparse.Namespace) -> int:
     from neox.cluster.launch import find_devices, launch, make_plan
 
     given = {
-        "load": options.load,
-        "iteration": options.iteration,
+        **step_of(options.load, options.iteration),
         "sample_input_file": options.tokens,
         "sample_output_file": options.output,
     }
@@ -281,6 +312,14 @@ def run_logits(options: argparse.Namespace) -> int:
     if status == 0:
         log.info(f"{options.output}: logits at tp {config.tp} x pp {config.pp}")
     return status
+
+
+def step_of(folder: Path | None, iteration: int | None) -> dict[str, Any]:
+    """`load` and `iteration` of a folder that may be a step of one."""
+    step = folder and re.fullmatch(r"global_step(\d+)", folder.resolve().name)
+    if folder and step and iteration is None:
+        folder, iteration = folder.resolve().parent, int(step[1])
+    return {"load": folder and str(folder), "iteration": iteration}
 
 
 def overrides(options: argparse.Namespace, flags: Mapping[str, Any]) -> dict[str, Override]:
@@ -302,6 +341,7 @@ _FLAGS = {
 def config_at(checkpoint: Checkpoint, files: Sequence[Path] | None, tp: int) -> NeoXConfig:
     """The checkpoint's architecture at `tp` shards: from `files`, or from itself."""
     from neox.checkpoint.architecture import check_architecture, describe
+    from neox.checkpoint.evidence import kept_values
 
     if files:
         grid = {"model_parallel_size": tp, "pipe_parallel_size": 1}
@@ -310,6 +350,7 @@ def config_at(checkpoint: Checkpoint, files: Sequence[Path] | None, tp: int) -> 
         check_architecture(config, checkpoint)
         return config
     values = describe(checkpoint)
+    values |= kept_values(checkpoint, ("tokenizer_type", "vocab_file", "merge_file"))
     length = values["max_position_embeddings"]
     return from_dict({**values, "seq_length": length, "model_parallel_size": tp}, world_size=tp)
 
@@ -334,13 +375,18 @@ def configs_of(
         return one, one
 
 
-def tokenizer_size(config: NeoXConfig) -> int | None:
-    """How many tokens the configuration's tokenizer has; None where it has none, or no file."""
+def find_tokenizer(config: NeoXConfig) -> Tokenizer | None:
+    """The configuration's; None where it names no file, or one that is not there."""
     from neox.tokenizer import build_tokenizer
 
     if config.vocab_file is None or not Path(config.vocab_file).exists():
         return None
-    return build_tokenizer(config).vocab_size
+    return build_tokenizer(config)
+
+
+def tokenizer_size(config: NeoXConfig) -> int | None:
+    tokenizer = find_tokenizer(config)
+    return None if tokenizer is None else tokenizer.vocab_size
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -129,13 +129,24 @@ def _arguments(checkpoint: Checkpoint) -> Facts:
     return _description(f"{_name(checkpoint)}/{path.name}", arguments, whole=False).facts()
 
 
-def _yaml(checkpoint: Checkpoint) -> Description | None:
-    """The files that were kept in the step's folder or, as with the 20B weights, beside it."""
+def kept_values(checkpoint: Checkpoint, keys: Collection[str]) -> dict[str, Any]:
+    """Those of `keys`, of any section, that the kept YAML files give; of several the first."""
+    documents = [document for folder in _kept(checkpoint) for document in _documents(folder)]
+    given = {
+        key: value for document in reversed(documents) for key, value in document.values.items()
+    }
+    return {key: given[key] for key in keys if key in given}
+
+
+def _kept(checkpoint: Checkpoint) -> list[Path]:
+    """Folders of YAML files: in the step's folder or, as with the 20B weights, beside it."""
     step = checkpoint.folder
-    folders = [step / "configs"]
-    if re.match(r"global_step\d+$", _name(checkpoint)):
-        folders.append(step.parent / "configs")
-    for folder in folders:
+    beside = re.match(r"global_step\d+$", _name(checkpoint))
+    return [step / "configs", step.parent / "configs"] if beside else [step / "configs"]
+
+
+def _yaml(checkpoint: Checkpoint) -> Description | None:
+    for folder in _kept(checkpoint):
         try:
             found = _merged(folder)
         except ConfigError as error:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
 from neox.atomic import write_bytes
 from neox.checkpoint.hf.files import TransformersFiles, check_new
 from neox.checkpoint.neox import Checkpoint
@@ -14,13 +16,16 @@ from neox.errors import CheckpointError
 CONFIG = "hf.yml"
 
 
-def import_folder(folder: Path, output: Path, *, tp: int = 1) -> Path:
+def import_folder(
+    folder: Path, output: Path, *, tp: int = 1, dtype: torch.dtype | None = None
+) -> Path:
     """Write the weights to `output`, a new folder, as iteration 0 in `tp` shards; return the step.
 
-    They keep their precision and the vocabulary its rows. configs/hf.yml in the step describes the
-    model and names `output` and the tokenizer, if there is one, which is copied there: generate.py
-    needs no more. Memory holds one shard of one layer. Not collective, one process. Raises
-    CheckpointError, and ConfigError where `tp` does not divide the model.
+    They keep their precision, unless `dtype` gives another, and the vocabulary its rows.
+    configs/hf.yml in the step describes the model and names `output` and the tokenizer, if there is
+    one, which is copied there: generate.py needs no more. Memory holds one shard of one layer. Not
+    collective, one process. Raises CheckpointError, and ConfigError where `tp` does not divide the
+    model.
     """
     if not hf.is_transformers(folder):
         raise CheckpointError(f"{folder} holds no model of transformers: config.json and weights.")
@@ -31,11 +36,14 @@ def import_folder(folder: Path, output: Path, *, tp: int = 1) -> Path:
     config = from_dict({**values, "model_parallel_size": tp}, world_size=tp)
     rows = choose_rows(checkpoint, config, None, None)
     place = output.absolute()
-    values |= {"precision": model.precision or "fp32", "pipe_parallel_size": 1, "load": str(place)}
+    precision = model.precision or "fp32" if dtype is None else hf.PRECISIONS[_name(dtype)]
+    values |= {"precision": precision, "pipe_parallel_size": 1, "load": str(place)}
     if model.tokenizer is not None:
         values |= {"tokenizer_type": "HFTokenizer", "vocab_file": str(place / hf.TOKENIZER)}
     configs = {CONFIG: hf.yaml_text(values)}
-    step = reshard(checkpoint, output, config, rows, todays_names=True, configs=configs)
+    step = reshard(
+        checkpoint, output, config, rows, todays_names=True, dtype=dtype, configs=configs
+    )
     if model.tokenizer is not None:
         try:
             write_bytes(place / hf.TOKENIZER, model.tokenizer.read_bytes())
@@ -44,3 +52,7 @@ def import_folder(folder: Path, output: Path, *, tp: int = 1) -> Path:
                 f"{output}: its {hf.TOKENIZER} cannot be written: {error.strerror}."
             ) from error
     return step
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
