@@ -1,4 +1,4 @@
-"""Which optimizer files a checkpoint's folder holds, by their names alone."""
+"""Which optimizer state a checkpoint's folder holds."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from neox.checkpoint.sources import model_file
+from neox.checkpoint.sources import load_model_file, model_file
 from neox.errors import CheckpointError
 
 _OPTIMIZER_FILE = re.compile(r"(bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt$")
@@ -46,7 +46,7 @@ class OptimizerFiles(NamedTuple):
 
 
 def optimizer_files(folder: Path, tp: int) -> OptimizerFiles | None:
-    """What the step folder of a run at `tp` holds; None where it holds no ZeRO optimizer state.
+    """What the step folder of a run at `tp` holds by the names of ZeRO's files; None without any.
 
     Raises CheckpointError where some of the files are missing.
     """
@@ -55,7 +55,13 @@ def optimizer_files(folder: Path, tp: int) -> OptimizerFiles | None:
     if not found:
         return None
     dp, parts = (1 + max(int(match[axis]) for match in found) for axis in (2, 3))
-    files = OptimizerFiles(tp, -(-parts // tp), dp, bool(found[0][1]))
+    pp = -(-parts // tp)
+    first = model_file(folder, 0)
+    if first.name in names:  # it tells of the last ones too, which leave no gap
+        state = load_model_file(first)
+        dp = max(dp, state.get("dp_world_size", 1))
+        pp = max(pp, state.get("checkpoint_parallel_dimensions", {}).get("pp_degree", 1))
+    files = OptimizerFiles(tp, pp, dp, bool(found[0][1]))
     missing = sorted(path.name for path in files.paths(folder) if path.name not in names)
     if missing:
         raise CheckpointError(
@@ -64,3 +70,13 @@ def optimizer_files(folder: Path, tp: int) -> OptimizerFiles | None:
             f"{WITHOUT_OPTIMIZER}"
         )
     return files
+
+
+def has_plain_state(folder: Path) -> bool:
+    """Whether the mp_rank files hold Adam's state, as upstream's do without ZeRO.
+
+    Raises CheckpointError.
+    """
+    path = model_file(folder, 0)
+    optimizer = load_model_file(path).get("optimizer") if path.is_file() else None
+    return isinstance(optimizer, dict) and bool(optimizer.get("state"))

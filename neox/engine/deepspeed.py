@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import nn
 
 from neox import log
+from neox.checkpoint.directory import on_every_rank
 from neox.checkpoint.manifest import Entry
 from neox.checkpoint.neox import Checkpoint, save_layers
 from neox.checkpoint.optimizer_files import WITHOUT_OPTIMIZER, OptimizerFiles, optimizer_files
@@ -30,6 +31,7 @@ from neox.engine.base import TrainStep
 from neox.engine.checkpoint_engine import SafeCheckpointEngine, load_deepspeed_file
 from neox.engine.elastic import load_universal, universal_checkpoint
 from neox.engine.optimizers import build_optimizer
+from neox.engine.plain_state import PlainState
 from neox.engine.saved_state import ZeroState
 from neox.errors import CheckpointError
 from neox.model.gpt import Layer, LocalLayers
@@ -129,15 +131,15 @@ class DeepSpeedEngine(ABC):
 
     def load_optimizer(self, checkpoint: Checkpoint, scratch: Path) -> dict[str, Any]:
         folder, groups = checkpoint.folder, self.groups
-        files = optimizer_files(folder, checkpoint.tp)
-        assert files is not None, f"{folder} holds no optimizer state"
         own = OptimizerFiles(groups.tp, groups.pp, groups.dp, self.inner.bfloat16_enabled())
         try:
-            if files == own and all(groups.gather(self._saved_the_same(folder))):
+            files = optimizer_files(folder, checkpoint.tp)
+            if files == own and all(on_every_rank(groups, lambda: self._saved_the_same(folder))):
                 return self._load(folder, universal=False)
-            log.info(f"rearranging the optimizer state, saved at {files}, for {own}")
+            where = f"at {files}" if files else "without ZeRO"
+            log.info(f"rearranging the optimizer state, saved {where}, for {own}")
             with universal_checkpoint(
-                lambda: ZeroState(folder, files, self.layers),
+                lambda: ZeroState(folder, files, self.layers) if files else PlainState(checkpoint),
                 self.layers,
                 scratch,
                 groups,
@@ -146,6 +148,8 @@ class DeepSpeedEngine(ABC):
             ) as universal:
                 return self._load(universal, universal=True)
         except CheckpointError as error:
+            if WITHOUT_OPTIMIZER in str(error):
+                raise
             raise CheckpointError(f"{str(error).rstrip('.')}. {WITHOUT_OPTIMIZER}") from error
 
     def _saved_the_same(self, folder: Path) -> bool:

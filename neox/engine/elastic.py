@@ -6,8 +6,7 @@ rank needs. Here they are written into a folder aside that lives as long as the 
 
 DeepSpeed's own converter, ds_to_universal, is not used. It wants a layer 01, which NeoX's numbering
 lacks; it needs patterns of parameter names stored with the checkpoint, which upstream's don't have;
-it takes the optimizer's groups from the first stage, and so loses one that this stage lacks; it
-knows Adam only; and it unpickles whatever it is given.
+it knows Adam only; and it unpickles whatever it is given.
 """
 
 from __future__ import annotations
@@ -121,8 +120,7 @@ def _write(
     if groups.rank == 0:
         kept = (LOSS_SCALER, "dynamic_loss_scale", "overflow") if keep_loss_scale else ()
         shared = {key: state.shared[key] for key in kept if key in state.shared}
-        # No settings for the optimizer's groups, of which there are up to two: they stay as they
-        # are.
+        # No settings for the optimizer's groups, of which there are up to two: they have theirs.
         shared |= {DS_VERSION: deepspeed.__version__, PARAM_GROUPS: [{}, {}]}
         save_file(shared, zero / "optimizer_state.pt")
         save_file({**state.model, "mp_world_size": 1}, model_file(target, 0))

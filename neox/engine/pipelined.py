@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from neox.config import NeoXConfig
 from neox.data.loaders import Batch
 from neox.engine.deepspeed import DeepSpeedEngine, wrap
+from neox.errors import ConfigError
 from neox.model.gpt import Fill, Layer, LocalLayers
 from neox.model.loss import cross_entropy
 from neox.parallel.groups import ProcessGroups
@@ -55,9 +56,28 @@ def build_pipelined(
                 checkpoint, use_reentrant=False, context_fn=streams.recompute_contexts
             ),
         )
+    _check_stages(model, config, groups)
     start, stop = model._local_start, model._local_stop
     local: LocalLayers = list(zip(layers[start:stop], _modules(model, specs), strict=True))
     return PipelinedEngine(wrap(model, config), layers, local, streams, groups)
+
+
+def _check_stages(model: nn.Module, config: NeoXConfig, groups: ProcessGroups) -> None:
+    """Raises ConfigError on every rank when a stage lacks one of the optimizer's two groups.
+
+    DeepSpeed sums the gradient's norm group by group over the stages, and would wait for ever.
+    """
+    kinds = groups.gather({parameter.dim() >= 2 for parameter in model.parameters()})
+    lacking = {
+        groups.topology.coordinate(rank).pp for rank in range(len(kinds)) if len(kinds[rank]) < 2
+    }
+    if lacking:
+        raise ConfigError(
+            f"pipe_partition_method: {config.pipe_partition_method} leaves "
+            f"{', '.join(f'stage {stage}' for stage in sorted(lacking))} of {groups.pp} without "
+            "matrices or without norms and biases, and every stage needs both. Use "
+            "type:transformer|mlp, or fewer stages (pipe_parallel_size)."
+        )
 
 
 class _Pipeline(PipelineModule):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,17 @@ from torch import Tensor
 
 from neox.checkpoint.neox import Checkpoint
 from neox.checkpoint.optimizer_files import optimizer_files
+from neox.config import NeoXConfig
 from neox.engine.base import Engine
 from neox.engine.build import build_engine
+from neox.engine.deepspeed import DeepSpeedEngine
 from neox.engine.saved_state import ZeroState
+from neox.errors import CheckpointError
+from neox.model.gpt import layers as model_layers
 from neox.parallel.groups import ProcessGroups, initialize
 from neox.parallel.topology import Topology
 from tests.engine.test_grids import OPTIMIZER, batches
-from tests.models import VOCAB, config_of, model_layers
+from tests.models import ARCHITECTURES, VOCAB, config_of
 from tests.world import World
 
 BEFORE = 3  # steps that the first run takes before it saves
@@ -25,8 +30,11 @@ NO_PIPELINE = {"pipe_parallel_size": 0}
 
 
 def engine_of(
-    topology: Topology, values: dict[str, Any], checkpoint: Checkpoint | None = None
-) -> tuple[Engine, Any, ProcessGroups]:
+    topology: Topology,
+    values: dict[str, Any],
+    checkpoint: Checkpoint | None = None,
+    rows: int = VOCAB,
+) -> tuple[DeepSpeedEngine, NeoXConfig, ProcessGroups]:
     groups = initialize(topology, "gloo", torch.device("cpu"))
     settings = {"pipe_parallel_size": topology.pp, "optimizer": OPTIMIZER, **values}
     config = config_of(
@@ -35,7 +43,9 @@ def engine_of(
         train_micro_batch_size_per_gpu=4 // topology.dp,
         **settings,
     )
-    return build_engine(config, groups, VOCAB, checkpoint), config, groups
+    engine = build_engine(config, groups, rows, checkpoint)
+    assert isinstance(engine, DeepSpeedEngine)
+    return engine, config, groups
 
 
 def save(engine: Engine, folder: Path, groups: ProcessGroups) -> None:
@@ -71,9 +81,9 @@ def go_on(
     return [engine.train_batch(source, BEFORE + i, 0.01).loss for i in range(1, steps + 1)]
 
 
-def whole_state(folder: Path, values: dict[str, Any]) -> dict[str, Tensor]:
+def whole_state(folder: Path, values: dict[str, Any], rows: int = VOCAB) -> dict[str, Tensor]:
     """Every parameter's whole state by layer, name and kind."""
-    layers = model_layers(config_of(**values), ProcessGroups.single())
+    layers = model_layers(config_of(**values), rows, torch.float32, ProcessGroups.single())
     files = optimizer_files(folder, Checkpoint.open(folder).tp)
     assert files is not None
     saved = ZeroState(folder, files, layers)
@@ -132,3 +142,191 @@ def test_every_grid_of_four_ranks_and_one_rank(world: World, tmp_path: Path) -> 
     assert all(tensor == BEFORE for name, tensor in state.items() if name.endswith(".step"))
     moments = [tensor for name, tensor in state.items() if name.endswith(".exp_avg_sq")]
     assert all(moment.any() for moment in moments)
+
+
+SGD = {"type": "SGD", "params": {"lr": 0.01}}
+HEAVY_BALL = {"type": "SGD", "params": {"lr": 0.01, "momentum": 0.9}}
+TP2PP2, DP2, ONE = Topology(tp=2, pp=2), Topology(dp=2), Topology()
+
+
+@pytest.mark.parametrize(
+    ("values", "source", "targets"),
+    [
+        # Grouped queries and a gated MLP: fused blocks of different widths. A sequential residual.
+        (ARCHITECTURES["llama"], (TP2PP2, {}), [(ONE, {}), (DP2, {})]),
+        (
+            {"num_kv_heads": 2, "activation": "geglu", "intermediate_size": 96},
+            (DP2, {}),
+            [(TP2PP2, {}), (Topology(tp=2), NO_PIPELINE)],
+        ),
+        # Two stages hold the tied embedding, with the positions in it.
+        (
+            {"no_weight_tying": False, "pos_emb": "learned"},
+            (TP2PP2, {}),
+            [(Topology(tp=2), NO_PIPELINE), (Topology(pp=2, dp=2), {})],
+        ),
+        (
+            {"no_weight_tying": False},
+            (Topology(tp=2), NO_PIPELINE),
+            [(TP2PP2, {}), (DP2, {**NO_PIPELINE, "zero_optimization": {"stage": 2}})],
+        ),
+        (
+            {"gpt_j_residual": False},
+            (DP2, {**NO_PIPELINE, "zero_optimization": {"stage": 2}}),
+            [(Topology(tp=4), {}), (ONE, {})],
+        ),
+        ({"optimizer": HEAVY_BALL}, (Topology(tp=2, dp=2), {}), [(Topology(pp=2), {})]),
+        ({"optimizer": SGD}, (TP2PP2, {}), [(DP2, {})]),
+        # The same grid with the layers divided otherwise: a large embedding has a stage's half.
+        (
+            {"num_layers": 4, "pos_emb": "learned", "max_position_embeddings": 1024},
+            (Topology(pp=2), {"pipe_partition_method": "parameters"}),
+            [(Topology(pp=2), {"pipe_partition_method": "uniform"})],
+        ),
+    ],
+    ids=["llama", "geglu", "tied", "tied0", "zero2", "momentum", "sgd", "partition"],
+)
+def test_every_layout_engine_and_optimizer(
+    world: World,
+    tmp_path: Path,
+    values: dict[str, Any],
+    source: tuple[Topology, dict[str, Any]],
+    targets: list[tuple[Topology, dict[str, Any]]],
+) -> None:
+    check(world, tmp_path, values, source, targets)
+
+
+def test_bfloat16_keeps_its_float32_weights(world: World, tmp_path: Path) -> None:
+    bf16 = {"precision": "bfloat16"}
+    state = check(
+        world,
+        tmp_path,
+        {},
+        (TP2PP2, bf16),
+        [(DP2, bf16), (Topology(tp=2), bf16 | NO_PIPELINE), (ONE, {"precision": "fp32"})],
+        abs=0.03,
+    )
+    masters = [tensor for name, tensor in state.items() if name.endswith(".fp32")]
+    assert any((tensor != tensor.bfloat16()).any() for tensor in masters)
+
+
+def resume(
+    rank: int, topology: Topology, values: dict[str, Any], rows: int, folder: str, again: str
+) -> tuple[float, dict[str, Any]]:
+    """Resume and save at once; the clipping, and the settings of the optimizer's first group."""
+    checkpoint = Checkpoint.open(Path(folder))
+    engine, _, groups = engine_of(topology, values, checkpoint, rows)
+    engine.load_optimizer(checkpoint, Path(folder).parent)
+    save(engine, Path(again), groups)
+    optimizer = engine.inner.optimizer
+    return optimizer.clip_grad, {
+        k: v for k, v in optimizer.param_groups[0].items() if k != "params"
+    }
+
+
+def test_rows_added_to_the_vocabulary_have_no_state(world: World, tmp_path: Path) -> None:
+    folder, again = tmp_path / f"global_step{BEFORE}", tmp_path / "again"
+    world.run(4, start, TP2PP2, {}, str(folder), 0)
+    world.run(2, resume, Topology(tp=2), {}, VOCAB + 8, str(folder), str(again))
+    before, after = whole_state(folder, {}), whole_state(again, {}, VOCAB + 8)
+    grown = [name for name, tensor in after.items() if tensor.shape != before[name].shape]
+    assert len(grown) == 2 * 3  # of the embedding and the head: weights and Adam's two moments
+    for name in grown:
+        assert not after[name][VOCAB:].any()
+        after[name] = after[name][:VOCAB]
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+@pytest.mark.parametrize("topology", [DP2, ONE], ids=["same", "another"])
+def test_settings_are_the_configurations(world: World, tmp_path: Path, topology: Topology) -> None:
+    folder, again = tmp_path / f"global_step{BEFORE}", tmp_path / "again"
+    world.run(2, start, DP2, {"weight_decay": 0.1, "gradient_clipping": 1.0}, str(folder), 0)
+    params = {**OPTIMIZER["params"], "betas": [0.8, 0.9]}
+    values = {
+        "optimizer": {"type": "Adam", "params": params},
+        "weight_decay": 0.2,
+        "gradient_clipping": 0.5,
+    }
+    arguments = (topology, values, VOCAB, str(folder), str(again))
+    clip_grad, settings = world.run(topology.world_size, resume, *arguments)[0]
+    assert clip_grad == 0.5
+    assert (settings["weight_decay"], settings["betas"]) == (0.2, (0.8, 0.9))
+
+
+class Hostile:
+    """Unpickled without care, it creates a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+OPTIMIZER_FILE = "zero_pp_rank_1_mp_rank_00_optim_states.pt"
+
+
+@pytest.mark.parametrize("name", [OPTIMIZER_FILE, "mp_rank_00_model_states.pt"])
+def test_what_cannot_be_read_is_named_and_leaves_nothing(
+    world: World, tmp_path: Path, name: str
+) -> None:
+    folder, ran = tmp_path / f"global_step{BEFORE}", tmp_path / "ran"
+    world.run(2, start, DP2, {}, str(folder), 0)
+    path = folder / name
+    contents = path.read_bytes()
+    arguments = (Topology(pp=2), {}, str(folder), str(tmp_path / "again"), 0)
+
+    torch.save({"optimizer_state_dict": Hostile(ran)}, path)
+    with pytest.raises(CheckpointError, match=f"{name} was refused.*no_load_optim"):
+        world.run(2, go_on, *arguments)
+    path.write_bytes(contents[:-100])
+    with pytest.raises(CheckpointError, match=f"{name} cannot be read.*no_load_optim"):
+        world.run(2, go_on, *arguments)
+    path.unlink()
+    with pytest.raises(CheckpointError, match=f"{name} is missing.*no_load_optim"):
+        world.run(2, go_on, *arguments)
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_what_does_not_fit_is_refused(world: World, tmp_path: Path) -> None:
+    folder, again = tmp_path / f"global_step{BEFORE}", str(tmp_path / "again")
+    world.run(2, start, DP2, {}, str(folder), 0)
+    with pytest.raises(CheckpointError, match=r"hold mlp\.linear1\.weight of layer 02 .*no_load"):
+        # The weights would be refused first; here they are not read.
+        world.run(1, load_without_weights, {"intermediate_size": 64}, str(folder))
+    torch.save({"optimizer_state_dict": {"base_optimizer_state": []}}, folder / OPTIMIZER_FILE)
+    with pytest.raises(CheckpointError, match=f"{OPTIMIZER_FILE} is not an .*no_load"):
+        world.run(1, resume, ONE, {}, VOCAB, str(folder), again)
+
+
+def load_without_weights(rank: int, values: dict[str, Any], folder: str) -> None:
+    engine, *_ = engine_of(ONE, values)
+    engine.load_optimizer(Checkpoint.open(Path(folder)), Path(folder).parent)
+
+
+def load_with_scratch(rank: int, folder: str, scratch: str) -> None:
+    engine, *_ = engine_of(Topology(tp=2), {})
+    engine.load_optimizer(Checkpoint.open(Path(folder)), Path(scratch))
+
+
+def test_a_folder_that_cannot_be_written_is_named(world: World, tmp_path: Path) -> None:
+    folder, scratch = tmp_path / f"global_step{BEFORE}", tmp_path / "file"
+    world.run(1, start, ONE, {}, str(folder), 0)
+    scratch.touch()
+    with pytest.raises(CheckpointError, match=rf"in {scratch}: .*\(on rank 0\).*no_load_optim"):
+        world.run(2, load_with_scratch, str(folder), str(scratch))
+
+
+def load_anything(rank: int, path: str) -> None:
+    engine_of(ONE, {})
+    torch.load(path, weights_only=False)
+
+
+def test_no_pickle_runs_in_a_training_process_even_where_that_is_asked_for(
+    world: World, tmp_path: Path
+) -> None:
+    path, ran = tmp_path / "step.pt", tmp_path / "ran"
+    torch.save({"param": Hostile(ran)}, path)
+    with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
+        world.run(1, load_anything, str(path))
+    assert not ran.exists()

@@ -17,6 +17,7 @@ from torch.testing import assert_close
 from neox.checkpoint.neox import Checkpoint
 from neox.data.loaders import Batch
 from neox.engine.build import build_engine
+from neox.errors import ConfigError
 from neox.parallel.groups import ProcessGroups, initialize
 from neox.parallel.topology import Topology
 from tests.models import VOCAB, config_of, model_layers, tokens
@@ -131,3 +132,21 @@ def test_grouped_queries_and_gated_mlp(world: World, tmp_path: Path) -> None:
 @pytest.mark.parametrize("method", ["parameters", "uniform"])
 def test_other_partitions(world: World, tmp_path: Path, method: str) -> None:
     check(world, tmp_path, {"pipe_partition_method": method}, [(2, 1, 1)])
+
+
+def build(rank: int, topology: Topology, values: dict[str, Any]) -> None:
+    groups = initialize(topology, "gloo", torch.device("cpu"))
+    config = config_of(world_size=topology.world_size, pipe_parallel_size=topology.pp, **values)
+    build_engine(config, groups, VOCAB)
+
+
+def test_a_stage_of_nothing_but_matrices_is_refused(world: World) -> None:
+    """A large embedding fills the first one. The gradient's norm would wait for ever for it."""
+    values = {
+        "num_layers": 4,
+        "pos_emb": "learned",
+        "max_position_embeddings": 1024,
+        "pipe_partition_method": "parameters",
+    }
+    with pytest.raises(ConfigError, match=r"parameters leaves stage 0 of 4 without.*Use type:"):
+        world.run(4, build, Topology(pp=4), values)
