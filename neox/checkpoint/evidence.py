@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,15 +28,20 @@ _LOOSE = ("num_layers", "no_weight_tying", "ffn_size")
 
 @dataclass(frozen=True)
 class Description:
-    """The keys that a text gives. If it is `whole`, those it leaves out have NeoX's defaults."""
+    """The keys that a text gives. If it is `whole`, those it leaves out have NeoX's defaults.
+
+    `strange` keys have values that nobody knows here, so they are as good as unknown.
+    """
 
     where: str
     given: Mapping[str, Fact]
     whole: bool
+    strange: frozenset[str] = frozenset()
 
     def values(self) -> dict[str, Any]:
-        given = {key: fact.value for key, fact in self.given.items()}
-        return {**DEFAULTS, **given} if self.whole else given
+        values = dict(DEFAULTS) if self.whole else {}
+        values |= {key: fact.value for key, fact in self.given.items()}
+        return {key: value for key, value in values.items() if key not in self.strange}
 
     def facts(self) -> Facts:
         """By trait, each with the place of what sets it."""
@@ -98,7 +103,7 @@ def _agree(known: Fact, other: Fact) -> bool:
 
 def _stated(checkpoint: Checkpoint) -> Description | None:
     """Of this program's manifest, or of a transformers folder."""
-    if checkpoint.manifest is not None:
+    if checkpoint.manifest is not None and checkpoint.manifest.architecture:
         where = f"{_name(checkpoint)}/{MANIFEST}"
         return _description(where, checkpoint.manifest.architecture, whole=True)
     if isinstance(checkpoint.source, TransformersFiles):
@@ -131,7 +136,7 @@ def _arguments(checkpoint: Checkpoint) -> Facts:
 
 def kept_values(checkpoint: Checkpoint, keys: Collection[str]) -> dict[str, Any]:
     """Those of `keys`, of any section, that the kept YAML files give; of several the first."""
-    documents = [document for folder in _kept(checkpoint) for document in _documents(folder)]
+    documents = [document for folder in _kept(checkpoint) for document in _documents(folder)[0]]
     given = {
         key: value for document in reversed(documents) for key, value in document.values.items()
     }
@@ -161,8 +166,11 @@ def _merged(folder: Path) -> Description | None:
     """One description of all files in `folder`. Raises ConfigError when they are of several."""
     where = "/".join(folder.absolute().parts[-2:])
     given: dict[str, Fact] = {}
-    for document in _documents(folder):
-        for key, value in fitting(document.values).items():
+    strange: set[str] = set()
+    documents, are_all = _documents(folder)
+    for document in documents:
+        values = fitting(document.values)
+        for key, value in values.items():
             fact = Fact(value, f"{where}/{document.name}:{document.lines.get(key, 1)}")
             if key in given and given[key].value != value:
                 raise ConfigError(
@@ -170,19 +178,24 @@ def _merged(folder: Path) -> Description | None:
                     f"({fact.where})."
                 )
             given.setdefault(key, fact)
+        strange |= {k for k, v in document.values.items() if v is not None} - values.keys()
     if not given:
         return None
-    return Description(where, given, "num_layers" in given and "hidden_size" in given)
+    whole = are_all and "num_layers" in given and "hidden_size" in given
+    return Description(where, given, whole, frozenset(strange))
 
 
-def _documents(folder: Path) -> Iterator[source.Source]:
+def _documents(folder: Path) -> tuple[list[source.Source], bool]:
+    """What can be read, and whether that is all; what cannot is told."""
+    found, are_all = [], True
     for path in sorted(folder.glob("*")):
-        if path.suffix not in source.SUFFIXES or not path.is_file():
-            continue
-        try:
-            yield source.read(path)
-        except ConfigError as error:
-            log.warning(f"{folder}: a file that cannot be read is left aside: {error}")
+        if path.suffix in source.SUFFIXES and path.is_file():
+            try:
+                found.append(source.read(path))
+            except ConfigError as error:
+                log.warning(f"{folder}: a file that cannot be read is left aside: {error}")
+                are_all = False
+    return found, are_all
 
 
 def _fits(yaml: Description, facts: Facts) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ _POSITIONS = {
     "attention.alibi_embed.slopes": "alibi",
     "attention.rpe.weight": "rpe",
 }
+_LARGEST = math.log(1 << 63)  # of a base
 _NORMS = {"weight": "layernorm", "scale": "rmsnorm", "g": "scalenorm"}
 
 
@@ -111,7 +113,7 @@ def _positions(layer: _Layer) -> Iterator[tuple[str, Fact]]:
         yield "max_position_embeddings", layer.fact(shape[0], "position_embeddings.weight")
     name = "attention.rotary_emb.inv_freq"
     frequencies = layer.buffer(name)
-    if frequencies is not None and frequencies.ndim == 1:
+    if frequencies is not None and frequencies.ndim == 1 and frequencies.is_floating_point():
         yield "rotary_dim", layer.fact(2 * len(frequencies), name)
         if (found := _rotary_base(frequencies)) is not None:
             base, tolerance = found
@@ -130,7 +132,10 @@ def _rotary_base(frequencies: Tensor) -> tuple[int, float] | None:
     if not normal or values[0] != 1.0:
         return None  # one frequency, 1, is the same for every base; others were scaled
     best, half = normal[-1], len(values)
-    base = values[best] ** (-half / best)
+    exponent = -half / best * math.log(values[best])
+    if exponent > _LARGEST:
+        return None
+    base = math.exp(exponent)
     return round(base), max(4 * precision.eps * half / best, 0.5 / base)
 
 

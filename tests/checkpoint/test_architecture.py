@@ -307,6 +307,25 @@ def test_a_yaml_file_that_cannot_be_read_is_left_aside_with_a_line(
     assert "gpt_j_residual" in refusal(checkpoint, configuration(gpt_j_residual=False))
     (line,) = capsys.readouterr().err.splitlines()
     assert "configs" in line and "damaged.yml:2: not valid YAML" in line
+    check_architecture(configuration(activation="relu"), checkpoint)  # it may say so
+
+
+@pytest.mark.parametrize("strange", ["quickgelu", 7, [], {"a": 1}])
+def test_a_value_that_nobody_knows_is_not_taken_for_the_default(
+    tmp_path: Path, strange: Any
+) -> None:
+    checkpoint = write(tmp_path)
+    write_yaml(checkpoint.folder, {**BASE, "activation": strange, "attention_config": 5})
+    check_architecture(configuration(activation="mish"), checkpoint)
+    assert "gpt_j_residual" in refusal(checkpoint, configuration(gpt_j_residual=False))
+    with pytest.raises(CheckpointError, match="does not tell activation:"):
+        describe(checkpoint)
+
+
+def test_a_value_of_null_is_the_default(tmp_path: Path) -> None:
+    checkpoint = write(tmp_path)
+    write_yaml(checkpoint.folder, {**BASE, "activation": None})
+    assert "activation" in refusal(checkpoint, configuration(activation="mish"))
 
 
 @pytest.mark.parametrize(
@@ -371,6 +390,25 @@ def test_rotary_frequencies_tell_dimensions_and_base(
     said = refusal(checkpoint, configuration(**values | {"num_attention_heads": 8}))
     assert f"rotary_pct is {pct} and num_attention_heads is 8, which rotates" in said
     assert "pos_emb" in refusal(checkpoint, configuration(**values | {"pos_emb": "none"}))
+
+
+@pytest.mark.parametrize(
+    "buffer",
+    [
+        torch.tensor([1.0, 1e-38] + [0.0] * 62),
+        torch.tensor([0.25, 0.0025]),
+        torch.tensor([1.0, float("nan")]),
+        torch.tensor([1, 2]),
+        torch.ones(2, 2),
+    ],
+)
+def test_strange_frequencies_say_nothing_of_the_base(tmp_path: Path, buffer: torch.Tensor) -> None:
+    checkpoint = write(tmp_path)
+    path = layer_file(checkpoint.folder, 2, 0)
+    tensors = torch.load(path, weights_only=True)
+    torch.save({**tensors, "attention.rotary_emb.inv_freq": buffer}, path)
+    assert recorded(checkpoint)["pos_emb"].value == "rotary"
+    assert "rotary_emb_base" not in recorded(checkpoint)
 
 
 def test_one_frequency_is_the_same_for_every_base(tmp_path: Path) -> None:
@@ -508,3 +546,36 @@ def test_training_does_not_start_from_a_checkpoint_of_another_model(
     else:
         with pytest.raises(CheckpointError, match="rotary_emb_base is 500"):
             find_start(config, SINGLE)
+
+
+@pytest.fixture(scope="module")
+def transformers_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    folder = tmp_path_factory.mktemp("hf") / "model"
+    config = GPTNeoXConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=128,
+        max_position_embeddings=16,
+        rotary_pct=0.5,
+        hidden_act="gelu_new",
+    )
+    GPTNeoXForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def test_a_transformers_folder_tells_every_key(transformers_folder: Path) -> None:
+    checkpoint = Checkpoint.open(transformers_folder)
+    config = configuration(bias_gelu_fusion=True)
+    check_architecture(config, checkpoint)
+    assert config_of(checkpoint).ffn_size == 128
+    assert describe(checkpoint) == architecture(config) | {"intermediate_size": 128}
+    said = refusal(checkpoint, configuration(gpt_j_residual=False))
+    assert 'is true (model/config.json, hidden_act is "gelu_new")' in said
+    assert "gpt_j_residual is false, but the checkpoint's is true (model/config.json, " in said
+    for values in ({"num_attention_heads": 8}, {"num_layers": 3}, {"sliding_window_width": 4}):
+        (key,) = values
+        assert key in refusal(checkpoint, configuration(bias_gelu_fusion=True, **values))
