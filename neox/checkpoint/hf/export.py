@@ -22,10 +22,12 @@ from neox.checkpoint.hf.tokenizer import Tokenizer, special_tokens, tokenizer_fi
 from neox.checkpoint.hf.writing import Spec, is_writable, size, write_safetensors
 from neox.checkpoint.neox import Checkpoint
 from neox.checkpoint.reshard import cast, check_layers
+from neox.checkpoint.vocabulary import check_tokens
 from neox.config import NeoXConfig, hf
 from neox.config.hf_classes import config_json, model_type
 from neox.errors import CheckpointError
 from neox.model.gpt import Layer, layers
+from neox.model.layout import ParamLayout
 from neox.model.shard import reshard
 from neox.parallel.groups import ProcessGroups
 
@@ -64,6 +66,8 @@ def export(
     """
     check_new(output)
     kind = model_type(config)
+    if tokenizer is not None:
+        check_tokens(tokenizer.vocab_size, checkpoint.padded_vocab_size)
     parts = list(_parts(checkpoint, config, kind, dtype))
     place = output.absolute()
     aside = place.parent / f".{place.name}.unfinished"
@@ -120,14 +124,14 @@ def _write_weights(
 
         def tensors(file: Sequence[_Part]) -> Iterator[Tensor]:
             nonlocal done
-            for part, tensor in zip(file, _made(checkpoint, file), strict=True):
-                yield tensor
+            made = _made(checkpoint, file)
+            for part in file:
+                yield next(made)  # in one expression: no name holds it while the next is made
                 done += size(part.spec)
                 bar.update(done // _MIB - bar.n)
 
         for name, file in zip(names, files, strict=True):
-            specs = [part.spec for part in file]
-            write_safetensors(folder / name, specs, tensors(file))
+            write_safetensors(folder / name, [part.spec for part in file], tensors(file))
     if len(files) > 1:
         weight_map = {
             part.recipe.name: name for name, file in zip(names, files, strict=True) for part in file
@@ -161,8 +165,12 @@ def _made(checkpoint: Checkpoint, parts: Sequence[_Part]) -> Iterator[Tensor]:
             if part.recipe.source is None:
                 yield torch.zeros(part.recipe.shape, dtype=part.dtype)
             else:
-                layout, shards = stored[part.recipe.source]
-                yield cast(part.recipe.make(reshard(shards, layout, 0, 1)), part.dtype)
+                yield _make(part, *stored[part.recipe.source])
+
+
+def _make(part: _Part, layout: ParamLayout, shards: Sequence[Tensor]) -> Tensor:
+    tensor = part.recipe.make(reshard(shards, layout, 0, 1))
+    return tensor if tensor.dtype == part.dtype else cast(tensor, part.dtype)
 
 
 def _write_texts(

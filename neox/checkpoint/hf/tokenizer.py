@@ -15,6 +15,7 @@ _KINDS = ("HFTokenizer", "HFGPT2Tokenizer", "GPT2BPETokenizer")
 class Tokenizer(Protocol):
     """What an export asks of a tokenizer of neox.tokenizer."""
 
+    vocab_size: int
     eod: int
     pad: int | None
 

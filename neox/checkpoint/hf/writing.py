@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from math import prod
 from pathlib import Path
 
@@ -28,11 +28,11 @@ def size(spec: Spec) -> int:
     return prod(spec[2]) * spec[1].itemsize
 
 
-def write_safetensors(path: Path, specs: Sequence[Spec], tensors: Iterable[Tensor]) -> None:
+def write_safetensors(path: Path, specs: Sequence[Spec], tensors: Iterator[Tensor]) -> None:
     """Write `tensors`, which come in the order of `specs`, and flush them to the disk.
 
-    Wide types have to come first: readers map the file, where a number stands at a multiple of its
-    size. Raises OSError.
+    Each is let go before the next is taken. Wide types have to come first: readers map the file,
+    where a number stands at a multiple of its size. Raises OSError.
     """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -48,8 +48,10 @@ def write_safetensors(path: Path, specs: Sequence[Spec], tensors: Iterable[Tenso
     text += b" " * (-len(text) % 8)
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for (name, dtype, shape), tensor in zip(specs, tensors, strict=True):
+        for name, dtype, shape in specs:
+            tensor = next(tensors)
             assert (tensor.dtype, tensor.shape) == (dtype, shape), name
             file.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+            del tensor
         file.flush()
         os.fsync(file.fileno())
