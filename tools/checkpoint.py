@@ -198,8 +198,11 @@ def run_inspect(options: argparse.Namespace) -> int:
 def run_verify(options: argparse.Namespace) -> int:
     from neox.checkpoint.neox import resolve
     from neox.checkpoint.verify import verify
+    from neox.config.hf import is_transformers
 
-    folder = resolve(options.folder, options.iteration)
+    folder = options.folder
+    if not is_transformers(folder):
+        folder = resolve(folder, options.iteration)
     problems = verify(folder)
     for problem in problems:
         print(problem)

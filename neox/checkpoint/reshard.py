@@ -18,6 +18,7 @@ from neox.checkpoint.directory import write_checkpoint
 from neox.checkpoint.files import save_file
 from neox.checkpoint.manifest import Entry
 from neox.checkpoint.neox import Checkpoint, step_folder
+from neox.checkpoint.optimizer_files import has_plain_state
 from neox.checkpoint.run_state import save_run_state
 from neox.checkpoint.sources import layer_file, load_model_file, model_file
 from neox.checkpoint.vocabulary import check_tokens, padded_vocab_size
@@ -182,12 +183,14 @@ def _run_state(checkpoint: Checkpoint) -> dict[str, Any]:
     """What the checkpoint's first mp_rank file holds; {} without one. Says what stays behind."""
     path = model_file(checkpoint.folder, 0)
     state: dict[str, Any] = {}
+    has_optimizer = any(checkpoint.folder.glob("*_optim_states.pt"))
     if path.is_file():
         try:
             state = load_model_file(path)
+            has_optimizer |= has_plain_state(checkpoint.folder)
         except CheckpointError as error:
             log.warning(f"{error} The new files have the iteration and no more of it.")
-    if state.get("optimizer") or any(checkpoint.folder.glob("*_optim_states.pt")):
+    if has_optimizer:
         log.info(f"the optimizer state of {checkpoint.folder} is left behind")
     return state
 

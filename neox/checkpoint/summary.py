@@ -17,8 +17,8 @@ from neox import log
 from neox.checkpoint.architecture import recorded
 from neox.checkpoint.hf.files import TransformersFiles
 from neox.checkpoint.neox import Checkpoint
-from neox.checkpoint.optimizer_files import optimizer_files
-from neox.checkpoint.sources import LayerFiles, ModelFiles, Shard, load_model_file, model_file
+from neox.checkpoint.optimizer_files import has_plain_state, optimizer_files
+from neox.checkpoint.sources import LayerFiles, ModelFiles, Shard
 from neox.checkpoint.tensor_facts import Facts
 from neox.config import ModelConfig
 from neox.config.architecture import open_keys
@@ -189,8 +189,7 @@ def tensors_of(checkpoint: Checkpoint, *, values: bool = False) -> Iterator[Stor
             for today, name in shards[0].names.items():
                 yield _stored_tensor(index, name, splits.get(today), _of(shards, today), values)
             for name in shards[0].buffers:
-                buffers = [shard.buffers[name] for shard in shards]
-                yield _stored_tensor(index, name, None, buffers, values)
+                yield _stored_tensor(index, name, None, [shards[0].buffers[name]], values)
             bar.update()
 
 
@@ -279,11 +278,7 @@ def _optimizer(checkpoint: Checkpoint) -> str | None:
         files = optimizer_files(checkpoint.folder, checkpoint.tp)
         if files is not None:
             return f"ZeRO's, of {files}"
-        path = model_file(checkpoint.folder, 0)
-        state = load_model_file(path) if path.is_file() else {}
+        is_plain = has_plain_state(checkpoint.folder)
     except CheckpointError as error:
         return f"unreadable: {error}"
-    if not state.get("optimizer"):
-        return None
-    replicas = state.get("dp_world_size")
-    return f"in the mp_rank files, without ZeRO, of tp {checkpoint.tp} x dp {replicas}"
+    return "in the mp_rank files, without ZeRO" if is_plain else None
