@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-import resource
-import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +21,7 @@ from neox.errors import CheckpointError
 from neox.parallel.groups import ProcessGroups, initialize
 from neox.parallel.topology import Topology
 from tests.models import VOCAB, config_of, model_layers, random_weights, write_model
+from tests.small_disk import small_files
 from tests.world import World
 
 SINGLE = ProcessGroups.single()
@@ -218,19 +216,6 @@ def test_a_failure_between_the_renames_is_undone(
     with pytest.raises(CheckpointError, match=r"Input/output error"):
         write_model(directory, 7, seed=1)
     assert torch.equal(embedding(directory), embedding_of(7))
-
-
-@contextmanager
-def small_files(size: int) -> Iterator[None]:
-    """No file may grow beyond `size` bytes in this process."""
-    _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
-    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, most))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
-        signal.signal(signal.SIGXFSZ, before)
 
 
 def test_torch_does_not_hide_the_systems_reason(directory: Path) -> None:
