@@ -200,14 +200,14 @@ def run_verify(options: argparse.Namespace) -> int:
     from neox.checkpoint.verify import verify
     from neox.config.hf import is_transformers
 
-    folder = options.folder
-    if not is_transformers(folder):
+    folder, found = options.folder, "every file is as it was written"
+    if is_transformers(folder):
+        found = "every file is whole; safetensors files hold no checksums"
+    else:
         folder = resolve(folder, options.iteration)
     problems = verify(folder)
-    for problem in problems:
+    for problem in problems or [f"{folder}: {found}"]:
         print(problem)
-    if not problems:
-        print(f"{folder}: every file is as it was written")
     return 2 if problems else 0
 
 
@@ -266,7 +266,12 @@ def run_convert(options: argparse.Namespace) -> int:
 def run_reshard(options: argparse.Namespace) -> int:
     from neox.checkpoint.neox import Checkpoint
     from neox.checkpoint.reshard import choose_rows, reshard
+    from neox.config.hf import is_transformers
 
+    if is_transformers(options.folder):
+        raise ConfigError(
+            f"{options.folder} is a transformers folder, without shards: use convert --to neox."
+        )
     checkpoint = Checkpoint.open(options.folder, options.iteration)
     config = config_at(checkpoint, options.config, options.model_parallel_size)
     rows = choose_rows(checkpoint, config, options.padded_vocab_size, tokenizer_size(config))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from neox import log
-from neox.checkpoint.directory import write_checkpoint
+from neox.checkpoint.directory import check_writable, write_checkpoint
 from neox.checkpoint.files import save_file
 from neox.checkpoint.manifest import Entry
 from neox.checkpoint.neox import Checkpoint, step_folder
@@ -119,7 +119,8 @@ def reshard(
 
 
 def check_free(directory: Path, iteration: int) -> None:
-    """Raises CheckpointError where a checkpoint would be replaced, or written over itself."""
+    """Raises CheckpointError where a checkpoint would be replaced, or nothing can be written."""
+    check_writable(directory)
     folder = step_folder(directory, iteration)
     if folder.exists():
         raise CheckpointError(f"{folder} is there already. Name another output folder.")
