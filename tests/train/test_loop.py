@@ -15,7 +15,6 @@ from neox.entrypoints.train import main
 from neox.errors import CheckpointError, ConfigError
 from neox.parallel.groups import ProcessGroups, initialize
 from neox.parallel.topology import Topology
-from neox.train.cadence import is_save_iteration
 from neox.train.start import find_start
 from tests import small_tokenizer
 from tests.data.datasets import write_dataset
@@ -208,16 +207,3 @@ def test_a_load_folder_that_is_not_this_runs_own_must_hold_a_checkpoint(
 def test_fp16_is_refused_on_a_cpu(world: World, folder: Path) -> None:
     with pytest.raises(ConfigError, match="fp16 training needs a GPU"):
         train(world, folder, "run", Topology(), precision="fp16")
-
-
-def saved(**values: Any) -> list[int]:
-    config = config_of(save="x", train_iters=10, lr_decay_iters=10, **values)
-    return [i for i in range(11) if is_save_iteration(config, i)]
-
-
-def test_cadence() -> None:
-    assert saved(checkpoint_factor=4) == [4, 8, 10]
-    assert saved(checkpoint_factor=4, extra_save_iters=[0, 1]) == [0, 1, 4, 8, 10]
-    assert saved(extra_save_iters=[3]) == [3, 10]
-    assert saved(checkpoint_factor=2, checkpoint_scale="log") == [1, 2, 4, 8, 10]
-    assert saved(checkpoint_factor=1.5, checkpoint_scale="log") == [1, 2, 3, 5, 7, 10]
