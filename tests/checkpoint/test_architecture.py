@@ -322,6 +322,28 @@ def test_a_value_that_nobody_knows_is_not_taken_for_the_default(
         describe(checkpoint)
 
 
+def test_what_this_project_does_not_compute_is_known_for_what_it_is(tmp_path: Path) -> None:
+    checkpoint = write(tmp_path)
+    write_yaml(checkpoint.folder, {**BASE, "pos_emb": "alibi", "norm": "te_layernorm"})
+    said = refusal(checkpoint, configuration())
+    assert 'is "rotary", but the checkpoint\'s is "alibi" (global_step5/configs' in said
+    path = layer_file(checkpoint.folder, 2, 0)
+    tensors = torch.load(path, weights_only=True)
+    torch.save({**tensors, "attention.alibi_embed.slopes": torch.ones(4)}, path)
+    (checkpoint.folder / "configs" / "small.yml").unlink()
+    said = refusal(checkpoint, configuration())
+    assert 'checkpoint\'s is "alibi" (attention.alibi_embed.slopes in global_step5/layer_02' in said
+
+
+def test_heads_that_do_not_divide_the_stored_width_are_not_told_by_what_follows(
+    tmp_path: Path,
+) -> None:
+    checkpoint = write(tmp_path)
+    add_buffers(checkpoint, torch.float32, 4, 10000)
+    said = refusal(checkpoint, configuration(hidden_size=48, num_attention_heads=3))
+    assert "hidden_size is 48" in said and "\n" not in said
+
+
 def test_a_value_of_null_is_the_default(tmp_path: Path) -> None:
     checkpoint = write(tmp_path)
     write_yaml(checkpoint.folder, {**BASE, "activation": None})
@@ -395,7 +417,7 @@ def test_rotary_frequencies_tell_dimensions_and_base(
 @pytest.mark.parametrize(
     "buffer",
     [
-        torch.tensor([1.0, 1e-38] + [0.0] * 62),
+        torch.tensor([1.0, 1e-37] + [0.0] * 62),
         torch.tensor([0.25, 0.0025]),
         torch.tensor([1.0, float("nan")]),
         torch.tensor([1, 2]),
