@@ -21,7 +21,7 @@ from neox.checkpoint.neox import Checkpoint, step_folder
 from neox.checkpoint.optimizer_files import has_plain_state
 from neox.checkpoint.run_state import save_run_state
 from neox.checkpoint.sources import layer_file, load_model_file, model_file
-from neox.checkpoint.vocabulary import check_tokens, padded_vocab_size
+from neox.checkpoint.vocabulary import asks_for_others, check_tokens, padded_vocab_size
 from neox.config import NeoXConfig
 from neox.config.architecture import architecture
 from neox.errors import CheckpointError
@@ -45,6 +45,12 @@ def choose_rows(
     """
     stored = checkpoint.padded_vocab_size
     rows = padded_vocab_size(config, stored, tokens) if asked is None else asked
+    if asked is None and tokens is None and asks_for_others(config, stored):
+        raise CheckpointError(
+            f"make_vocab_size_divisible_by ({config.make_vocab_size_divisible_by}) does not divide "
+            f"the checkpoint's {stored} rows, and how many are needed depends on the tokenizer, "
+            "which is not there. Give its vocab_file, or the rows by --padded_vocab_size."
+        )
     if rows < stored and tokens is None:
         raise CheckpointError(
             f"padded_vocab_size: {rows} is less than the checkpoint's {stored} rows, and nothing "

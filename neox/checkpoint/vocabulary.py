@@ -18,9 +18,8 @@ def padded_vocab_size(config: NeoXConfig, stored: int, tokens: int | None) -> in
     Raises CheckpointError when the tokenizer has more tokens than there are rows.
     """
     multiple = config.make_vocab_size_divisible_by
-    is_asked = config.origin("make_vocab_size_divisible_by") != "default"
     rows = stored
-    if tokens is not None and is_asked and stored % multiple:
+    if tokens is not None and asks_for_others(config, stored):
         rows = pad_vocab_size(tokens, multiple, config.tp)
         if rows != stored:
             log.info(
@@ -31,6 +30,12 @@ def padded_vocab_size(config: NeoXConfig, stored: int, tokens: int | None) -> in
     if tokens is not None:
         check_tokens(tokens, rows)
     return rows
+
+
+def asks_for_others(config: NeoXConfig, stored: int) -> bool:
+    """Whether the configuration says how to pad the vocabulary, and not as it is stored."""
+    is_given = config.origin("make_vocab_size_divisible_by") != "default"
+    return is_given and stored % config.make_vocab_size_divisible_by != 0
 
 
 def check_tokens(tokens: int, rows: int) -> None:

@@ -207,7 +207,10 @@ def test_rows_follow_a_configuration_that_asks(tmp_path: Path) -> None:
     write_model(tmp_path, 5)
     checkpoint = Checkpoint.open(tmp_path)
     assert choose_rows(checkpoint, at(2), None, 50) == VOCAB
-    assert choose_rows(checkpoint, at(2, make_vocab_size_divisible_by=25), None, 50) == 50
+    other = at(2, make_vocab_size_divisible_by=25)
+    assert choose_rows(checkpoint, other, None, 50) == 50
+    with pytest.raises(CheckpointError, match=r"\(25\) does not divide the checkpoint's 64 rows"):
+        choose_rows(checkpoint, other, None, None)
 
 
 @pytest.mark.parametrize(
