@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -41,6 +42,7 @@ from neox.parallel.rng import DropoutStreams
 
 def start_deepspeed(groups: ProcessGroups) -> None:
     """Let DeepSpeed use the process groups that exist. Collective over the world."""
+    deepspeed.utils.logger.setLevel(logging.ERROR)  # its import undoes what neox.log has set
     # On a CPU it would otherwise compile a shared-memory transport for minutes, and a killed
     # compilation leaves a lock on which every later run hangs.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import logging
 import pickle
 from pathlib import Path
 from typing import Any
@@ -315,6 +318,26 @@ def test_a_folder_that_cannot_be_written_is_named(world: World, tmp_path: Path) 
     scratch.touch()
     with pytest.raises(CheckpointError, match=rf"in {scratch}: .*\(on rank 0\).*no_load_optim"):
         world.run(2, load_with_scratch, str(folder), str(scratch))
+
+
+def load_listening(rank: int, folder: str) -> str:
+    checkpoint = Checkpoint.open(Path(folder))
+    engine, *_ = engine_of(ONE, NO_PIPELINE, checkpoint)
+    (handler,) = logging.getLogger("DeepSpeed").handlers
+    console = handler.setStream(said := io.StringIO())
+    with contextlib.redirect_stdout(said):
+        engine.load_optimizer(checkpoint, Path(folder).parent)
+    handler.setStream(console)
+    return said.getvalue()
+
+
+def test_one_line_is_said(world: World, tmp_path: Path) -> None:
+    folder = tmp_path / f"global_step{BEFORE}"
+    world.run(2, start, DP2, {}, str(folder), 0)
+    (said,) = world.run(1, load_listening, str(folder))
+    assert said == (
+        "rearranging the optimizer state, saved at tp 1 x pp 1 x dp 2, for tp 1 x pp 1 x dp 1\n"
+    )
 
 
 def load_anything(rank: int, path: str) -> None:
