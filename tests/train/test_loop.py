@@ -131,9 +131,9 @@ def test_another_grid_or_precision_takes_the_optimizer_state_or_leaves_it(
     assert losses == pytest.approx([whole[i]["train/lm_loss"] for i in (5, 6)], abs=1e-5)
 
     values |= {"iteration": 4, "save": f"{folder}/other"}
-    half = train(world, folder, "run", precision="bfloat16", **values)
+    half = train(world, folder, "run", Topology(), precision="bfloat16", **values)
     assert half[6]["train/lm_loss"] == pytest.approx(losses[1], abs=0.05)
-    fresh = train(world, folder, "run", Topology(pp=2), no_load_optim=True, **values)
+    fresh = train(world, folder, "run", Topology(), no_load_optim=True, **values)
     assert abs(fresh[6]["train/lm_loss"] - losses[1]) > 1e-3
     assert not list(folder.glob("*/.unfinished"))
 
