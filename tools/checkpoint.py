@@ -21,7 +21,7 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +40,10 @@ if TYPE_CHECKING:
 
 PRECISIONS = {"fp16": "float16", "bfloat16": "bfloat16", "fp32": "float32"}
 TOKENS_OF_20B = 50277
+FILES: dict[str, Any] = {"nargs": "+", "type": Path, "metavar": "YAML"}
+WHERE_IT_IS_NOT_TOLD = "where the checkpoint cannot tell its architecture, or its tokenizer"
+
+Run = Callable[[argparse.Namespace], int]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -53,79 +57,59 @@ def build_parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
-    command = _command(commands, "inspect", run_inspect, "tell what a checkpoint is")
-    _add_source(command)
-    command.add_argument("--tensors", action="store_true", help="list every tensor")
-    command.add_argument("--values", action="store_true", help="... with min, max, mean and std")
-    command.add_argument("--json", action="store_true", help="write JSON")
-
-    command = _command(commands, "verify", run_verify, "read every file, tell what is damaged")
-    _add_source(command)
-
-    command = _command(commands, "diff", run_diff, "compare: status 0 same, 1 different, 2 trouble")
-    command.add_argument("first", type=Path, metavar="FOLDER")
-    command.add_argument("second", type=Path, metavar="FOLDER")
-    _add_iteration(command)
-    _add_config(command)
-
-    command = _command(commands, "convert", run_convert, "change the format")
-    _add_source(command)
-    command.add_argument("--to", choices=("transformers", "neox"), required=True)
-    _add_output(command)
-    _add_shards(command, "of --to neox; default: as many as there are")
-    _add_config(command)
-    command.add_argument("--dtype", choices=PRECISIONS, help="default: the checkpoint's")
-
-    command = _command(commands, "reshard", run_reshard, "change the number of shards, no value")
-    _add_source(command)
-    _add_output(command)
-    _add_shards(command, required=True)
-    _add_config(command)
-    command.add_argument(
-        "--padded_vocab_size",
-        type=_count,
-        metavar="V",
-        help="rows to pad or trim the vocabulary to",
+    iteration, source, output, override = (
+        argparse.ArgumentParser(add_help=False) for _ in range(4)
+    )
+    iteration.add_argument("--iteration", type=int, metavar="N", help="default: the latest")
+    source.add_argument("folder", type=Path, metavar="FOLDER")
+    output.add_argument("--output", type=Path, required=True, metavar="FOLDER")
+    output.add_argument("--model_parallel_size", type=_count, metavar="N", help="shards to write")
+    override.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a key; repeatable"
     )
 
-    command = _command(commands, "synthesize", run_synthesize, "write random weights")
-    command.add_argument("--config", nargs="+", type=Path, required=True, metavar="YAML")
+    def command(name: str, run: Run, summary: str, *parents: argparse.ArgumentParser) -> Any:
+        made = commands.add_parser(name, help=summary, description=summary, parents=parents)
+        made.set_defaults(run=run)
+        return made.add_argument
+
+    add = command("inspect", run_inspect, "tell what a checkpoint is", source, iteration)
+    add("--tensors", action="store_true", help="list every tensor")
+    add("--values", action="store_true", help="... with min, max, mean and std")
+    add("--json", action="store_true", help="write JSON")
+
+    command("verify", run_verify, "read every file, tell what is damaged", source, iteration)
+
+    add = command("diff", run_diff, "compare: status 0 same, 1 different, 2 trouble", iteration)
+    add("first", type=Path, metavar="FOLDER")
+    add("second", type=Path, metavar="FOLDER")
+    add("--config", **FILES, help=WHERE_IT_IS_NOT_TOLD)
+
+    add = command("convert", run_convert, "change the format", source, iteration, output)
+    add("--to", choices=("transformers", "neox"), required=True)
+    add("--config", **FILES, help=WHERE_IT_IS_NOT_TOLD)
+    add("--dtype", choices=PRECISIONS, help="default: the checkpoint's")
+
+    add = command("reshard", run_reshard, "change the number of shards", source, iteration, output)
+    add("--config", **FILES, help=WHERE_IT_IS_NOT_TOLD)
+    add("--padded_vocab_size", type=_count, metavar="V", help="rows to trim or pad to")
+
+    add = command("synthesize", run_synthesize, "write random weights", output, override)
+    add("--config", **FILES, required=True)
     for key in ("num_layers", "hidden_size", "num_attention_heads", "seed"):
-        command.add_argument(
-            f"--{key}", type=int, metavar="N", help="instead of the configuration's"
-        )
-    _add_shards(command, "default: the configuration's")
-    command.add_argument("--dtype", choices=PRECISIONS, help="default: the configuration's")
-    command.add_argument(
-        "--vocab_size",
-        type=_count,
-        metavar="TOKENS",
-        help="before padding; default: the tokenizer's where its file is there, else 20B's "
-        f"{TOKENS_OF_20B}",
-    )
-    command.add_argument(
-        "--legacy_names",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="20B's names and buffers (dense_h_to_4h, inv_freq), or those of today's upstream",
-    )
-    _add_set(command)
-    _add_output(command)
+        add(f"--{key}", type=int, metavar="N", help="default: the configuration's")
+    add("--dtype", choices=PRECISIONS, help="default: the configuration's")
+    help = f"before padding; default: the tokenizer's if its file is there, else {TOKENS_OF_20B}"
+    add("--vocab_size", type=_count, metavar="TOKENS", help=help)
+    help = "20B's names and buffers (dense_h_to_4h, inv_freq), or those of today's upstream"
+    add("--legacy_names", action=argparse.BooleanOptionalAction, default=True, help=help)
 
-    command = _command(commands, "logits", run_logits, "logits in fp32 for given token ids")
-    command.add_argument("--config", nargs="+", type=Path, required=True, metavar="YAML")
-    command.add_argument(
-        "--tokens", required=True, metavar="NPZ", help="token ids: integers [batch, length]"
-    )
-    command.add_argument(
-        "--output", required=True, metavar="NPZ", help="`logits`, float32 [batch, length, rows]"
-    )
-    command.add_argument(
-        "--load", type=Path, metavar="FOLDER", help="instead of the configuration's"
-    )
-    _add_iteration(command)
-    _add_set(command)
+    summary = "logits in fp32 for given token ids"
+    add = command("logits", run_logits, summary, iteration, override)
+    add("--config", **FILES, required=True)
+    add("--tokens", required=True, metavar="NPZ", help="token ids: integers [batch, length]")
+    add("--output", required=True, metavar="NPZ", help="`logits`, float32 [batch, length, rows]")
+    add("--load", type=Path, metavar="FOLDER", help="default: the configuration's")
     return parser
 
 
@@ -136,45 +120,6 @@ def _count(text: str) -> int:
 
 
 _count.__name__ = "count"  # argparse shows it: invalid count value: '0'
-
-
-def _command(commands: Any, name: str, run: Any, summary: str) -> argparse.ArgumentParser:
-    command = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:])
-    command.set_defaults(run=run)
-    return command
-
-
-def _add_source(command: argparse.ArgumentParser) -> None:
-    command.add_argument("folder", type=Path, metavar="FOLDER")
-    _add_iteration(command)
-
-
-def _add_iteration(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--iteration", type=int, metavar="N", help="default: the latest")
-
-
-def _add_output(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--output", type=Path, required=True, metavar="FOLDER")
-
-
-def _add_shards(
-    command: argparse.ArgumentParser, summary: str = "shards to write", *, required: bool = False
-) -> None:
-    command.add_argument(
-        "--model_parallel_size", type=_count, required=required, metavar="N", help=summary
-    )
-
-
-def _add_config(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--config", nargs="+", type=Path, metavar="YAML", help="where the checkpoint cannot tell"
-    )
-
-
-def _add_set(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a key; repeatable"
-    )
 
 
 def run_inspect(options: argparse.Namespace) -> int:
@@ -220,13 +165,13 @@ def run_diff(options: argparse.Namespace) -> int:
     configs = configs_of(first, second, options.config)
     contradictions = compare_architectures(first, second)
     for contradiction in contradictions:
-        print(f"architecture: {contradiction}")
+        log.info(f"architecture: {contradiction}")
     found = []
     for comparison in compare(first, configs[0], second, configs[1]):
         found.append(comparison)
         if not comparison.verdict.is_same:
-            print(comparison)
-    print(conclusion(found))
+            log.info(str(comparison))
+    log.info(conclusion(found))
     is_same = not contradictions and all(each.verdict.is_same for each in found)
     return 0 if is_same else 1
 
@@ -242,15 +187,17 @@ def run_convert(options: argparse.Namespace) -> int:
     dtype = torch_dtype(PRECISIONS[options.dtype]) if options.dtype else None
     tp, output = options.model_parallel_size, options.output
     if options.to == "neox" and is_transformers(options.folder):
+        if options.config or options.iteration is not None:
+            raise ConfigError("a transformers folder takes neither --config nor --iteration.")
         folder = import_folder(options.folder, output, tp=tp or 1, dtype=dtype)
-        log.info(f"{folder}: {tp or 1} shards; ./deepy.py generate.py {folder}/configs/hf.yml")
+        log.info(f"{folder}: try ./deepy.py generate.py {folder}/configs/hf.yml")
         return 0
     checkpoint = Checkpoint.open(options.folder, options.iteration)
     if options.to == "neox":
         config = config_at(checkpoint, options.config, tp or checkpoint.tp)
         rows = choose_rows(checkpoint, config, None, tokenizer_size(config))
         folder = reshard(checkpoint, output, config, rows, todays_names=True, dtype=dtype)
-        log.info(f"{folder}: {config.tp} shards by today's names")
+        log.info(f"{folder}: model_parallel_size {config.tp}, today's names")
         return 0
     if tp is not None:
         raise ConfigError("--model_parallel_size: a transformers folder is whole; leave it out.")
@@ -268,6 +215,8 @@ def run_reshard(options: argparse.Namespace) -> int:
     from neox.checkpoint.reshard import choose_rows, reshard
     from neox.config.hf import is_transformers
 
+    if options.model_parallel_size is None:
+        raise ConfigError("--model_parallel_size: say how many shards there are to be.")
     if is_transformers(options.folder):
         raise ConfigError(
             f"{options.folder} is a transformers folder, without shards: use convert --to neox."
@@ -276,7 +225,7 @@ def run_reshard(options: argparse.Namespace) -> int:
     config = config_at(checkpoint, options.config, options.model_parallel_size)
     rows = choose_rows(checkpoint, config, options.padded_vocab_size, tokenizer_size(config))
     folder = reshard(checkpoint, options.output, config, rows)
-    log.info(f"{folder}: {config.tp} shards of {checkpoint.folder}'s {checkpoint.tp}")
+    log.info(f"{folder}: model_parallel_size {config.tp}, from {checkpoint.tp}")
     return 0
 
 
@@ -298,7 +247,7 @@ def run_synthesize(options: argparse.Namespace) -> int:
         log.info(f"vocabulary: {tokens} tokens, as 20B's (--vocab_size); there is no tokenizer")
     rows = pad_vocab_size(tokens, config.make_vocab_size_divisible_by, config.tp)
     folder = synthesize(options.output, config, rows, legacy_names=options.legacy_names)
-    log.info(f"{folder}: {config.num_layers} layers, {rows} rows, {config.tp} shards")
+    log.info(f"{folder}: {config.num_layers} layers, {rows} rows, model_parallel_size {config.tp}")
     return 0
 
 

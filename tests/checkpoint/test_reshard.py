@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from neox.checkpoint.manifest import MANIFEST
 from neox.checkpoint.neox import Checkpoint
 from neox.checkpoint.reshard import choose_rows, reshard
 from neox.checkpoint.sources import layer_file, load_model_file, model_file
@@ -185,6 +186,8 @@ def test_the_run_goes_along_and_the_optimizer_stays(
     assert end.manifest is not None
     assert end.manifest.grid == {"tp": 2, "pp": 1, "dp": 1}
     assert end.manifest.architecture["num_attention_heads"] == 4
+    (end.folder / MANIFEST).unlink()
+    assert "manifest.json is missing" in verify(end.folder)[0]
 
 
 @pytest.mark.parametrize(("asked", "tokens"), [(96, None), (60, 50)])

@@ -65,7 +65,7 @@ def call(*arguments: str | Path) -> int:
 def test_there_and_back(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     four, hf, back = tmp_path / "four", tmp_path / "hf", tmp_path / "back"
     assert call("reshard", saved, "--model_parallel_size", "4", "--output", four) == 0
-    assert f"{four}/global_step7: 4 shards of {saved}/global_step7's 1" in capsys.readouterr().out
+    assert f"{four}/global_step7: model_parallel_size 4, from 1" in capsys.readouterr().out
     assert (four / "latest").read_text() == "global_step7"
     assert call("verify", four) == 0
     assert "every file is as it was written" in capsys.readouterr().out
@@ -214,6 +214,7 @@ def test_bad_token_ids_are_one_line(
         ("verify .", "no `latest` file"),
         ("diff saved none", "none is not a folder"),
         ("reshard saved --model_parallel_size 3 --output new", "model_parallel_size"),
+        ("reshard saved --output new", "say how many shards"),
         ("reshard saved --model_parallel_size 2 --output saved", "global_step7 is there already"),
         ("reshard saved --model_parallel_size 2 --output small.yml", "cannot be written"),
         ("reshard saved --model_parallel_size 2 --output new --iteration 6", "iteration 6 asks"),
@@ -253,7 +254,7 @@ def test_what_is_wrong_is_one_error(
 
 @pytest.mark.parametrize(
     "arguments",
-    ["", "inspct x", "reshard x --output y", "reshard x --model_parallel_size 0 --output y"],
+    ["", "inspct x", "reshard x", "reshard x --model_parallel_size 0 --output y"],
 )
 def test_wrong_usage_is_status_2(arguments: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as left:
