@@ -132,6 +132,14 @@ def live(directory: Path, journal: Path, run: int, back: bool) -> None:
         keep_last(directory, KEPT, SINGLE)
 
 
+def wait_for_begin(reading: int) -> None:
+    with open(reading, closefd=False) as pipe:
+        for line in pipe:
+            if line.strip() == BEGUN:
+                return
+    raise AssertionError("the run ended before it began")
+
+
 def note(journal: Path, **fact: int) -> None:
     with open(journal, "a") as file:
         file.write(json.dumps(fact) + "\n")
@@ -148,12 +156,11 @@ def kill_at_random(folder: Path, kills: int, seed: int) -> list[dict[str, Any]]:
         back = draw.random() < 0.3
         pid, reading = in_fork(lambda run=run, back=back: live(directory, journal, run, back))
         if draw.random() < 0.8:  # else it may be killed while it resumes
-            with open(reading, closefd=False) as pipe:
-                while pipe.readline().strip() != BEGUN:
-                    pass
+            wait_for_begin(reading)
         time.sleep(draw.uniform(0, 0.1))  # a save takes some 0.02 s
         os.kill(pid, signal.SIGKILL)
-        assert result(pid, reading) is None
+        end = result(pid, reading)
+        assert end is None, f"run {run} ended by itself: {end}"
         facts = [json.loads(line) for line in journal.read_text().splitlines()]
         mine = [fact for fact in facts if fact["run"] == run]
         saved = [fact["saved"] for fact in mine if "saved" in fact]
