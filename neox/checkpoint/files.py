@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import pickle
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -26,7 +27,7 @@ def load_file(
     try:
         # Files of before torch 1.6 are no zip archives, and cannot be mapped.
         mmap = mmap and zipfile.is_zipfile(path)
-        with torch.serialization.safe_globals(list(classes)):
+        with _allowed(classes):
             return torch.load(path, map_location=map_location, mmap=mmap, weights_only=True)
     except pickle.UnpicklingError as error:
         raise DamageError(
@@ -34,6 +35,19 @@ def load_file(
         ) from error
     except Exception as error:  # an unpickler can stumble over damage in any way
         raise DamageError(f"{path} cannot be read: {_first_line(error)}") from error
+
+
+@contextmanager
+def _allowed(classes: Sequence[Any]) -> Iterator[None]:
+    """Let torch.load make instances of `classes`, and not of those that a library has allowed."""
+    others = torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()
+    torch.serialization.add_safe_globals(list(classes))
+    try:
+        yield
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(others)
 
 
 def check_crc(path: Path) -> None:
