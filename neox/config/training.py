@@ -41,7 +41,9 @@ class TrainingConfig:
     )
 
     save: str | None = key(None, "Folder to write checkpoints to; one run at a time.")
-    load: str | None = key(None, "Folder to read a checkpoint from; training starts without one.")
+    load: str | None = key(
+        None, "Checkpoint to start from: a folder of them, one of its steps, or of transformers."
+    )
     checkpoint_factor: int | float | None = key(
         None, "Save every so many iterations; the ratio between saves on a log scale.", above=0
     )

@@ -285,6 +285,8 @@ def test_the_class_that_is_written(kind: str) -> None:
     )
     assert (written["eos_token_id"], written["tie_word_embeddings"]) == (5, True)
     assert written.get("sliding_window") == (8 if kind == "mistral" else None)
+    # Under the root what was added to it: the square.
+    assert written.get("rms_norm_eps") == (1e-8**2 if config.norm == "rmsnorm" else None)
 
 
 @pytest.mark.parametrize("is_tanh", [False, True])
