@@ -13,6 +13,10 @@ from neox.config.model import ModelConfig
 from neox.config.values import show
 from neox.errors import ConfigError
 
+# What was taken, among the files that a run keeps beside its checkpoints: these will be loaded by
+# the same files, when the folder is no more what `load` names.
+_FILE = "transformers.yml"
+
 
 def adopt_folder(draft: Draft, *, training: bool) -> None:
     """Take from config.json what nobody else says; report what somebody else says differently.
@@ -42,6 +46,9 @@ def adopt_folder(draft: Draft, *, training: bool) -> None:
         _take(draft, "precision", folder.precision)
     if not {"tokenizer_type", "vocab_file", "merge_file"} & (draft.values.keys() | draft.bad):
         _take_tokenizer(draft, folder)
+    taken = [key for key, origin in draft.origins.items() if origin in (hf.CONFIG, hf.TOKENIZER)]
+    if taken:
+        draft.texts.setdefault(_FILE, hf.yaml_text({key: draft.values[key] for key in taken}))
 
 
 def _compare(draft: Draft, folder: hf.Folder, trait: Trait) -> None:

@@ -215,6 +215,22 @@ def test_a_folder_brings_its_tokenizer_unless_one_is_named(tmp_path: Path) -> No
     assert load(folder, vocab_file="mine.json").tokenizer_type == "GPT2BPETokenizer"
 
 
+def test_what_was_taken_is_kept_as_a_file_that_stands_for_the_folder(tmp_path: Path) -> None:
+    folder = write(tmp_path / "model", OLD)
+    (folder / "tokenizer.json").write_text("{}")
+    mine = tmp_path / "mine.yml"
+    mine.write_text(yaml_text({"seed": 5, "rotary_pct": 0.5, "load": str(folder)}))
+    config = load_config([mine])
+    assert config.config_files.keys() == {"mine.yml", "transformers.yml"}
+    (tmp_path / "transformers.yml").write_text(config.config_files["transformers.yml"])
+    again = load_config(
+        [mine, tmp_path / "transformers.yml"], {"load": Override("elsewhere", "--load")}
+    )
+    assert load_config([mine, tmp_path / "transformers.yml"]).config_files == again.config_files
+    keys = (*EXPECTED, "tokenizer_type", "vocab_file", "seed")
+    assert [getattr(again, key) for key in keys] == [getattr(config, key) for key in keys]
+
+
 def test_training_keeps_its_own_precision(tmp_path: Path) -> None:
     folder = write(tmp_path, OLD)
     values = {"load": str(folder), "train_iters": 1, "data_path": "x", "vocab_file": "v"}
