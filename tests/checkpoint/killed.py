@@ -13,12 +13,14 @@ import random
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from neox.checkpoint.directory import keep_last, recover, steps, write_checkpoint
 from neox.checkpoint.neox import save_layers
@@ -227,7 +229,10 @@ def kill_at_each(folder: Path, act: str) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    torch.set_num_threads(1)  # no threads: they would not survive a fork
+    # No threads, which do not survive a fork, and no lock that processes share: a kill keeps it.
+    torch.set_num_threads(1)
+    tqdm.monitor_interval = 0
+    tqdm.set_lock(threading.RLock())
     mode, folder, *rest = sys.argv[1:]
     if mode == "random":
         found = kill_at_random(Path(folder), *map(int, rest))
