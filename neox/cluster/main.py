@@ -21,7 +21,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def exit_status(run: Callable[[], int]) -> int:
-    """What `run` returns or, for an error, its status. What the user did wrong is one line and 2."""
+    """What `run` returns or, for an error, its status: what the user did wrong is a line and 2."""
     try:
         return run()
     except NeoXError as error:

@@ -114,6 +114,7 @@ def test_a_damaged_file_is_no_difference(first: Checkpoint, tmp_path: Path) -> N
         ([0.0, 1.0], [-0.0, 1.0], Verdict.VALUES, 0.0),
         ([math.inf, 1.0], [-math.inf, 1.0], Verdict.DIFFERENT, math.inf),
         ([1.0, 2.0], [1.0, 2.5], Verdict.DIFFERENT, 0.5),
+        ([math.nan, 2.0], [math.nan, 2.5], Verdict.DIFFERENT, 0.5),
         ([], [], Verdict.BITWISE, 0.0),
     ],
 )

@@ -51,6 +51,7 @@ def test_what_nothing_tells_is_named(tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(tmp_path / "global_step5")
     summary = summarize(checkpoint)
     assert summary.names == "of the 20B and Pythia era (dense_h_to_4h)"
+    assert summary.parameters == count_parameters(config_of(), VOCAB)  # without the buffer
     last = describe(summary).splitlines()[-1]
     assert last.startswith("  not told: num_attention_heads,") and "gpt_j_residual" in last
     splits = {tensor.name: tensor.split for tensor in tensors_of(checkpoint) if tensor.layer == 2}

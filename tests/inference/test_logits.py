@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from neox.entrypoints.logits import main
 from neox.errors import DataError
 from neox.inference.load import load_model
 from neox.inference.logits import check_output, read_tokens, write_logits
@@ -89,7 +90,8 @@ def test_logits_are_those_of_the_model(
     torch.testing.assert_close(torch.from_numpy(logits), whole, rtol=0, atol=1e-5)
 
 
-def write_as_ranks(rank: int, directory: str, topology: Topology) -> None:
+def write_as_ranks(rank: int, directory: str, topology: Topology) -> bool:
+    """Each rank into a folder of its own; whether it wrote."""
     groups = initialize(topology, "gloo", torch.device("cpu"))
     config = config_of(
         world_size=topology.world_size,
@@ -97,14 +99,17 @@ def write_as_ranks(rank: int, directory: str, topology: Topology) -> None:
         model_parallel_size=topology.tp,
         pipe_parallel_size=topology.pp,
     )
-    write_logits(load_model(config, groups), tokens(3), Path(directory) / "logits.npz")
+    path = Path(directory) / str(rank) / "logits.npz"
+    write_logits(load_model(config, groups), tokens(3), path)
+    return path.exists()
 
 
 def test_one_rank_writes_what_all_compute(tmp_path: Path, world: World) -> None:
     write_model(tmp_path, 5)
-    world.run(4, write_as_ranks, str(tmp_path), Topology(pp=2, tp=2))
+    wrote = world.run(4, write_as_ranks, str(tmp_path), Topology(pp=2, tp=2))
+    assert wrote == [False, False, True, False]
     whole = forward(built(config_of(), random_weights(config_of()), SINGLE), tokens(3))
-    logits = torch.from_numpy(np.load(tmp_path / "logits.npz")["logits"])
+    logits = torch.from_numpy(np.load(tmp_path / "2/logits.npz")["logits"])
     torch.testing.assert_close(logits, whole, rtol=0, atol=1e-5)
 
 
@@ -130,3 +135,14 @@ def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
             check_output(path)
     check_output(tmp_path / "new/x.npz")
     assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_the_place_is_looked_at_before_the_checkpoint(tmp_path: Path) -> None:
+    np.savez(tmp_path / "ids.npz", tokens=tokens(3).numpy())
+    config = config_of(
+        load=str(tmp_path / "none"),
+        sample_input_file=str(tmp_path / "ids.npz"),
+        sample_output_file=str(tmp_path),
+    )
+    with pytest.raises(DataError, match="it is a folder"):
+        main(config, SINGLE)
