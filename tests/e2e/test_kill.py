@@ -1,4 +1,4 @@
-"""train.py killed at random moments: it goes on from its last finished save, to the same end.
+"""train.py killed at random moments or out of space: it goes on from its last finished save.
 
 NEOX_KILLS=100 kills it a hundred times, which takes some twenty minutes.
 """
@@ -9,6 +9,7 @@ import json
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -20,6 +21,7 @@ import torch
 from tests import small_tokenizer
 from tests.data.datasets import write_dataset
 from tests.models import BASE
+from tests.small_disk import small_disk, small_files
 
 DEEPY = Path(__file__).parents[2] / "deepy.py"
 KILLS = int(os.environ.get("NEOX_KILLS", "6"))
@@ -135,3 +137,23 @@ def test_a_killed_run_loses_nothing_that_was_saved(
     assert "damaged" not in (killed / "stderr").read_text()
     left = {path.name for path in (killed / "checkpoints").iterdir()}
     assert len(left) == 4 and left >= {".lock", "latest", f"global_step{iterations}"}, left
+
+
+def test_a_full_disk_is_an_error_in_one_line(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    make_run(folder, 2, 2 * EVERY)
+    first = Life(folder, "--set", f"exit_interval={EVERY}")
+    first.read()
+    assert first.process.wait() == 0
+    files = [path.stat().st_size for path in (folder / "checkpoints").rglob("*.pt")]
+    with small_disk(folder / "disk", int(1.7 * sum(files))) as is_small:
+        place = folder / "disk/checkpoints"
+        shutil.copytree(folder / "checkpoints", place)
+        with small_files(None if is_small else max(files) - 1):  # the children inherit it
+            second = Life(folder, "--set", f"save={place}", "--set", f"load={place}")
+        second.read()
+        assert second.process.wait() == 2
+        assert second.start == EVERY
+    (line,) = (folder / "stderr").read_text().splitlines()
+    assert line.startswith(f"error: save: the checkpoint of iteration {2 * EVERY} could not be ")
+    assert line.endswith(f"the newest is {place}/global_step{EVERY}.")
