@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -109,7 +108,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--config", **FILES, required=True)
     add("--tokens", required=True, metavar="NPZ", help="token ids: integers [batch, length]")
     add("--output", required=True, metavar="NPZ", help="`logits`, float32 [batch, length, rows]")
-    add("--load", type=Path, metavar="FOLDER", help="default: the configuration's")
+    add("--load", metavar="FOLDER", help="default: the configuration's")
     return parser
 
 
@@ -255,7 +254,8 @@ def run_logits(options: argparse.Namespace) -> int:
     from neox.cluster.launch import find_devices, launch, make_plan
 
     given = {
-        **step_of(options.load, options.iteration),
+        "load": options.load,
+        "iteration": options.iteration,
         "sample_input_file": options.tokens,
         "sample_output_file": options.output,
     }
@@ -269,14 +269,6 @@ def run_logits(options: argparse.Namespace) -> int:
     if status == 0:
         log.info(f"{options.output}: logits at tp {config.tp} x pp {config.pp}")
     return status
-
-
-def step_of(folder: Path | None, iteration: int | None) -> dict[str, Any]:
-    """`load` and `iteration` of a folder that may be a step of one."""
-    step = folder and re.fullmatch(r"global_step(\d+)", folder.resolve().name)
-    if folder and step and iteration is None:
-        folder, iteration = folder.resolve().parent, int(step[1])
-    return {"load": folder and str(folder), "iteration": iteration}
 
 
 def overrides(options: argparse.Namespace, flags: Mapping[str, Any]) -> dict[str, Override]:
