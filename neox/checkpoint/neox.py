@@ -44,19 +44,18 @@ def step_folder(directory: Path, iteration: int) -> Path:
 def resolve(directory: Path, iteration: int | None) -> Path:
     """The checkpoint folder in `directory`: of `iteration`, or the one that `latest` names.
 
-    A folder that itself holds a checkpoint's files may be given too. Raises CheckpointError.
+    A folder that itself holds a checkpoint's files may be given too, unless a run has saved into
+    it since. Raises CheckpointError.
     """
     if not directory.is_dir():
         raise CheckpointError(
             f"load: {directory} is not a folder. Set `load` to the folder that holds `latest` and "
             "the global_step folders."
         )
-    if iteration is None and (
-        has_layer_files(directory) or has_model_files(directory) or is_transformers(directory)
-    ):
-        return directory
     if iteration is None:
         if not (directory / "latest").is_file():
+            if holds_weights(directory):
+                return directory
             raise CheckpointError(
                 f"load: {directory} has no `latest` file and no layer files; {_found(directory)}"
             )
@@ -70,6 +69,11 @@ def resolve(directory: Path, iteration: int | None) -> Path:
             f"load: {wanted} {name or 'nothing'}, which is not in {directory}; {_found(directory)}"
         )
     return folder
+
+
+def holds_weights(directory: Path) -> bool:
+    """Whether a folder itself holds a checkpoint's files, or is one of transformers."""
+    return has_layer_files(directory) or has_model_files(directory) or is_transformers(directory)
 
 
 def latest_name(directory: Path) -> str:
@@ -139,9 +143,9 @@ class Checkpoint:
         The directory may also be a transformers folder. Raises CheckpointError, also for files
         that the manifest lists and are missing or of another size.
         """
-        if iteration is None and is_transformers(directory):
-            return cls(directory, TransformersFiles(directory))
         folder = resolve(directory, iteration)
+        if folder == directory and is_transformers(folder):
+            return cls(folder, TransformersFiles(folder))
         manifest = read_manifest(folder)
         if manifest is not None:
             manifest.check_sizes("layer_*")
@@ -161,9 +165,16 @@ class Checkpoint:
 
     @property
     def iteration(self) -> int:
-        """The training step that the folder's name tells; 0 where it tells none."""
-        match = re.match(r"global_step(\d+)$", self.folder.name)
-        return int(match[1]) if match else 0
+        """The training step, by the manifest or the folder's name; 0 where neither tells it.
+
+        The folder may have been renamed, or be given as a symbolic link or ".".
+        """
+        if self.manifest is not None:
+            return self.manifest.iteration
+        for name in (self.folder.name, self.folder.resolve().name):
+            if match := re.match(r"global_step(\d+)$", name):
+                return int(match[1])
+        return 0
 
     @property
     def indices(self) -> list[int]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from neox import log
 from neox.checkpoint.architecture import check_architecture
 from neox.checkpoint.directory import steps
-from neox.checkpoint.neox import Checkpoint, latest_name, resolve
+from neox.checkpoint.neox import Checkpoint, holds_weights, latest_name, resolve
 from neox.checkpoint.optimizer_files import WITHOUT_OPTIMIZER, has_plain_state, optimizer_files
 from neox.checkpoint.verify import tell_newer, telling_another, verify
 from neox.config import NeoXConfig
@@ -128,7 +128,11 @@ def _verified(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def _holds_checkpoints(directory: Path) -> bool:
-    return (directory / "latest").exists() or any(directory.glob("global_step*"))
+    return (
+        (directory / "latest").exists()
+        or any(directory.glob("global_step*"))
+        or holds_weights(directory)
+    )
 
 
 def _is_own(config: NeoXConfig) -> bool:

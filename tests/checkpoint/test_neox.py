@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -68,6 +69,26 @@ def test_files_of_before_torch_1_6_are_read(directory: Path) -> None:
 
 def test_a_step_folder_may_be_given_itself(directory: Path) -> None:
     assert Checkpoint.open(directory / "global_step7").iteration == 7
+
+
+def test_a_step_is_known_by_its_link_its_manifest_and_from_within(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = directory / "global_step7"
+    (directory / "best").symlink_to(folder)
+    assert Checkpoint.open(directory / "best").iteration == 7
+    monkeypatch.chdir(folder)
+    assert Checkpoint.open(Path(".")).iteration == 7
+    write_model(directory, 9).rename(directory / "renamed")
+    assert Checkpoint.open(directory / "renamed").iteration == 9  # its manifest tells
+
+
+def test_a_folder_with_weights_that_a_run_saved_into_is_that_run_s(directory: Path) -> None:
+    for path in (directory / "global_step7").glob("layer_*"):
+        shutil.copy(path, directory)
+    assert Checkpoint.open(directory).folder == directory / "global_step7"
+    (directory / "latest").unlink()
+    assert Checkpoint.open(directory).folder == directory
 
 
 def test_an_iteration_may_be_chosen(directory: Path) -> None:

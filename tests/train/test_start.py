@@ -163,6 +163,13 @@ def test_only_an_unfinished_save_is_a_fresh_start(
         start(tmp_path)  # of another run: there should be one
 
 
+def test_weights_in_the_folder_to_save_to_are_never_passed_over(tmp_path: Path) -> None:
+    folder = write_model(tmp_path, 6)
+    assert own(folder).iteration == 6
+    (folder / MANIFEST).unlink()
+    assert own(folder.rename(tmp_path / "weights")).checkpoint is not None
+
+
 def test_a_step_folder_may_be_given(directory: Path) -> None:
     assert start(directory / "global_step4").iteration == 4
     damage(directory, 4)
