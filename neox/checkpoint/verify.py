@@ -37,13 +37,13 @@ def verify(
     try:
         manifest = read_manifest(folder)
         names = _names(folder, manifest, weights_only)
-    except CheckpointError as error:
-        return [str(error)]
+        problems = []
+    except (CheckpointError, OSError) as error:  # maybe on this rank only, and the others wait
+        manifest, names, problems = None, [], [str(error)]
     sizes = {name: _size(folder / name) for name in names}
     by_size = sorted(names, key=lambda name: sizes[name], reverse=True)
     mine = by_size[groups.rank :: groups.world_size]
     total = sum(sizes[name] for name in mine) // _MIB
-    problems = []
     with log.progress(total=total, desc=f"verifying {folder.name}", unit=" MiB") as bar:
         for name in mine:
             try:
@@ -54,9 +54,9 @@ def verify(
             except CheckpointError as error:
                 problems.append(str(error))
             bar.update(sizes[name] // _MIB)
-    found = [problem for share in groups.gather(problems) for problem in share]
+    found = {problem for share in groups.gather(problems) for problem in share}
     if not found and manifest is None:
-        found = _contradictions(folder, weights_only)
+        found.update(_contradictions(folder, weights_only))
     return sorted(found)
 
 

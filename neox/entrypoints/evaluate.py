@@ -14,7 +14,7 @@ from neox.train.trackers import open_trackers
 
 def main(config: NeoXConfig, groups: ProcessGroups) -> None:
     """Evaluate; rank 0 prints the table and writes the results file. Collective over the world."""
-    checkpoint = open_checkpoint(config)
+    checkpoint = open_checkpoint(config, groups)
     if groups.rank == 0:
         run.check_prefix(config.eval_results_prefix)
     tasks = load_tasks(config)

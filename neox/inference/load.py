@@ -19,15 +19,18 @@ from neox.model.layout import pad_vocab_size
 from neox.parallel.groups import ProcessGroups
 
 
-def open_checkpoint(config: NeoXConfig) -> Checkpoint:
-    """The one in `config.load`: of `config.iteration`, or the `latest`. Raises CheckpointError."""
+def open_checkpoint(config: NeoXConfig, groups: ProcessGroups) -> Checkpoint:
+    """The one in `config.load`: of `config.iteration`, or the `latest`. Raises CheckpointError.
+
+    Collective over the world: a run may be saving there, so rank 0 decides which is the latest.
+    """
     if config.load is None:
         raise CheckpointError(
             "load is not set: there is no checkpoint to generate from or evaluate. Set `load` to "
             "the folder that holds `latest` and the global_step folders."
         )
     directory = Path(config.load)
-    folder = resolve(directory, config.iteration)
+    folder = groups.gather(resolve(directory, config.iteration))[0]
     with telling_another(folder):
         checkpoint = Checkpoint.open(folder)
     if config.iteration is None and folder != directory:
@@ -45,9 +48,10 @@ def load_model(
 
     The checkpoint may have any number of shards. `tokens` is the size of the tokenizer, None
     without one; see `padded_vocab_size` for the model's.
-    Not collective. Raises CheckpointError when there is no checkpoint or it does not fit.
+    Collective over the world. Raises CheckpointError when there is no checkpoint or it does not
+    fit.
     """
-    checkpoint = checkpoint or open_checkpoint(config)
+    checkpoint = checkpoint or open_checkpoint(config, groups)
     with telling_another(checkpoint.folder):
         check_architecture(config, checkpoint)
         rows = padded_vocab_size(config, checkpoint.padded_vocab_size, tokens)

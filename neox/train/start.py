@@ -62,7 +62,7 @@ def find_start(config: NeoXConfig, groups: ProcessGroups) -> Start:
 
 def _newest_whole(directory: Path, weights_only: bool, groups: ProcessGroups) -> Checkpoint:
     """What `latest` names, or where that is damaged the newest older one that is not."""
-    candidates = _candidates(directory)
+    candidates = groups.gather(_candidates(directory))[0]  # another run may be saving there
     if not candidates:
         return _whole(directory, None, weights_only, groups)
     damaged = []
@@ -100,7 +100,7 @@ def _whole(
     directory: Path, iteration: int | None, weights_only: bool, groups: ProcessGroups
 ) -> Checkpoint:
     """The one that is asked for. Raises CheckpointError when it is damaged."""
-    folder = resolve(directory, iteration)
+    folder = groups.gather(resolve(directory, iteration))[0]
     with telling_another(folder, groups):
         checkpoint = Checkpoint.open(folder)
         problems = verify(folder, groups, weights_only=weights_only)

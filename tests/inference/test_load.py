@@ -18,7 +18,7 @@ from neox.model.gpt import build_layers, layers
 from neox.model.init import initialize as fill_weights
 from neox.parallel.groups import ProcessGroups, initialize
 from neox.parallel.topology import Topology
-from tests.models import config_of
+from tests.models import config_of, write_model
 from tests.world import World
 
 SINGLE = ProcessGroups.single()
@@ -109,3 +109,18 @@ def test_the_last_logits_alone_are_the_last_of_all(saved: tuple[dict, Path]) -> 
     assert whole is not None and last is not None
     assert last.shape == (1, 1, VOCAB)
     assert_close(last, whole[:, -1:], atol=1e-6, rtol=1e-6)
+
+
+def logits_as_a_run_saves(rank: int, folder: str) -> Tensor | None:
+    """Where each rank finds another `latest`, as when a run saves in the meantime."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("neox.checkpoint.neox.latest_name", lambda _: f"global_step{rank}")
+        return logits(rank, folder, Topology(tp=2), {})
+
+
+def test_ranks_load_one_step(world: World, tmp_path: Path) -> None:
+    write_model(tmp_path, 1, seed=1)
+    write_model(tmp_path, 0, seed=0)
+    expected = logits(0, str(tmp_path), Topology(), {})
+    for found in world.run(2, logits_as_a_run_saves, str(tmp_path)):
+        assert_close(found, expected, atol=1e-5, rtol=1e-5)

@@ -6,6 +6,7 @@ import json
 import random
 import shutil
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 
 from neox.checkpoint.manifest import MANIFEST
 from neox.checkpoint.neox import layer_file
+from neox.checkpoint.verify import verify
 from neox.config import load_config
 from neox.entrypoints.train import main
 from neox.errors import CheckpointError
@@ -236,6 +238,34 @@ def test_a_file_too_many_is_noticed(directory: Path, capsys: pytest.CaptureFixtu
 def start_as_ranks(rank: int, directory: str) -> int:
     groups = initialize(Topology(dp=3), "gloo", torch.device("cpu"))
     return find_start(config_of(world_size=3, load=directory), groups).iteration
+
+
+def start_as_a_run_saves(rank: int, directory: str, **values: Any) -> int:
+    """Where each rank finds another `latest`, as when a run saves in the meantime."""
+    groups = initialize(Topology(dp=3), "gloo", torch.device("cpu"))
+    config = config_of(world_size=3, load=directory, **values)
+    with pytest.MonkeyPatch.context() as patch:
+        for module in ("neox.checkpoint.neox", "neox.train.start"):
+            patch.setattr(f"{module}.latest_name", lambda _: f"global_step{6 - 2 * rank}")
+        checkpoint = find_start(config, groups).checkpoint
+        assert checkpoint is not None
+        return checkpoint.iteration
+
+
+@pytest.mark.parametrize("finetune", [False, True])
+def test_ranks_start_from_one_step(world: World, directory: Path, finetune: bool) -> None:
+    start = partial(start_as_a_run_saves, finetune=finetune)
+    assert world.run(3, start, str(directory)) == [6, 6, 6]
+
+
+def verify_with_one_blind(rank: int, folder: str) -> list[str]:
+    groups = initialize(Topology(dp=3), "gloo", torch.device("cpu"))
+    return verify(Path(folder if rank != 1 else "/nowhere"), groups)
+
+
+def test_what_one_rank_cannot_see_is_told_by_all(world: World, directory: Path) -> None:
+    found = world.run(3, verify_with_one_blind, str(directory / "global_step6"), timeout=20)
+    assert "/nowhere" in str(found[0]) and found == found[:1] * 3
 
 
 def test_ranks_share_the_work_and_decide_alike(world: World, directory: Path) -> None:
