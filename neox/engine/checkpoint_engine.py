@@ -16,7 +16,7 @@ from neox.checkpoint.sources import load_model_file
 from neox.errors import CheckpointError
 
 # The classes that DeepSpeed itself writes into its optimizer files; they hold numbers only.
-_KNOWN_CLASSES = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
+KNOWN_CLASSES = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
 
 
 class SafeCheckpointEngine(TorchCheckpointEngine):
@@ -46,7 +46,7 @@ def load_deepspeed_file(path: Path, *, mmap: bool = False) -> dict[str, Any]:
     """One of DeepSpeed's files; with `mmap` its tensors are views of it. Raises CheckpointError."""
     if path.name.startswith("mp_rank_"):
         return load_model_file(path)
-    contents = load_file(path, mmap=mmap, classes=_KNOWN_CLASSES)
+    contents = load_file(path, mmap=mmap, classes=KNOWN_CLASSES)
     if not isinstance(contents, dict):
         raise CheckpointError(f"{path} is not a file of DeepSpeed's: it is not a mapping.")
     return contents

@@ -164,6 +164,7 @@ class DeepSpeedEngine(ABC):
         """Load state, but no settings: weight decay, betas and clipping are the configuration's."""
         optimizer = self.inner.optimizer
         clip_grad = optimizer.clip_grad
+        scaler = getattr(optimizer, "loss_scaler", None)  # its optimizer for bfloat16 has none
         settings = [
             {key: value for key, value in group.items() if key != "params"}
             for group in optimizer.param_groups
@@ -174,6 +175,10 @@ class DeepSpeedEngine(ABC):
             else:
                 _, state = self.inner.load_checkpoint(str(folder.parent), tag=folder.name)
         optimizer.clip_grad = clip_grad
+        # A scale that follows the gradients goes on where it was; what another precision had is
+        # none: float16 would stay at a scale of 1.
+        if scaler is not None and optimizer.loss_scaler.dynamic != scaler.dynamic:
+            optimizer.loss_scaler, optimizer.dynamic_loss_scale = scaler, scaler.dynamic
         for group, values in zip(optimizer.param_groups, settings, strict=True):
             group.update(values)
         return state

@@ -35,6 +35,7 @@ from neox import log
 from neox.checkpoint.directory import UNFINISHED, FailedError, on_every_rank
 from neox.checkpoint.files import save_file
 from neox.checkpoint.sources import model_file
+from neox.engine.checkpoint_engine import KNOWN_CLASSES
 from neox.engine.saved_state import SavedState, parameter_name
 from neox.errors import CheckpointError
 from neox.model.gpt import Layer
@@ -145,7 +146,7 @@ def load_universal(inner: Any, folder: Path) -> dict[str, Any]:
     inner._config.load_universal_checkpoint = True
     try:
         with (
-            torch.serialization.safe_globals([SubparamShape]),
+            torch.serialization.safe_globals([SubparamShape, *KNOWN_CLASSES]),
             serialization.patch("load.mmap", True),  # a rank reads its slices only
         ):
             _, state = inner.load_checkpoint(str(folder.parent), tag=folder.name)

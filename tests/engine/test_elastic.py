@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 from torch import Tensor
 
 from neox.checkpoint.neox import Checkpoint
@@ -145,6 +146,41 @@ def test_every_grid_of_four_ranks_and_one_rank(world: World, tmp_path: Path) -> 
     assert all(tensor == BEFORE for name, tensor in state.items() if name.endswith(".step"))
     moments = [tensor for name, tensor in state.items() if name.endswith(".exp_avg_sq")]
     assert all(moment.any() for moment in moments)
+
+
+def scaled(engine: DeepSpeedEngine, scale: float) -> None:
+    """Give the engine float16's loss scale, which a CPU's DeepSpeed lacks."""
+    engine.inner.optimizer.loss_scaler = DynamicLossScaler(scale, 1000, 1, 2, False)
+    engine.inner.optimizer.dynamic_loss_scale = True
+
+
+def save_with_a_loss_scale(rank: int, folder: str, scale: float | None) -> None:
+    engine, config, groups = engine_of(Topology(), {})
+    engine.train_batch(batches(config, groups), 1, 0.01)
+    if scale is not None:
+        scaled(engine, scale)
+    save(engine, Path(folder), groups)
+
+
+def go_on_with_a_loss_scale(rank: int, folder: str, elsewhere: bool) -> float:
+    checkpoint = Checkpoint.open(Path(folder))
+    engine, *_ = engine_of(Topology(), {}, checkpoint)
+    scaled(engine, 4096)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine.inner, "fp16_enabled", lambda: True)
+        patch.setattr(engine, "_saved_the_same", lambda _: not elsewhere)
+        engine.load_optimizer(checkpoint, Path(folder).parent)
+    return engine.inner.optimizer.loss_scale
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+@pytest.mark.parametrize(("saved", "expected"), [(512, 512), (None, 4096)])
+def test_float16s_loss_scale_goes_on_but_not_that_of_another_precision(
+    world: World, tmp_path: Path, saved: float | None, expected: float, elsewhere: bool
+) -> None:
+    folder = str(tmp_path / f"global_step{BEFORE}")
+    world.run(1, save_with_a_loss_scale, folder, saved)
+    assert world.run(1, go_on_with_a_loss_scale, folder, elsewhere) == [expected]
 
 
 SGD = {"type": "SGD", "params": {"lr": 0.01}}
