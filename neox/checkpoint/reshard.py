@@ -16,6 +16,7 @@ from torch import Tensor
 from neox import log
 from neox.checkpoint.directory import check_writable, write_checkpoint
 from neox.checkpoint.files import save_file
+from neox.checkpoint.lock import saving_alone
 from neox.checkpoint.manifest import Entry
 from neox.checkpoint.neox import Checkpoint, step_folder
 from neox.checkpoint.optimizer_files import has_plain_state
@@ -112,16 +113,17 @@ def reshard(
                     bar.update()
         return written | save_run_state(folder, checkpoint.iteration, config.tp, run_state)
 
-    return write_checkpoint(
-        directory,
-        checkpoint.iteration,
-        write,
-        _configs(checkpoint.folder) if configs is None else configs,
-        _SINGLE,
-        grid={"tp": config.tp, "pp": 1, "dp": 1},
-        padded_vocab_size=rows,
-        architecture=architecture(config),
-    )
+    with saving_alone(directory, _SINGLE):  # a run's unfinished save is its own
+        return write_checkpoint(
+            directory,
+            checkpoint.iteration,
+            write,
+            _configs(checkpoint.folder) if configs is None else configs,
+            _SINGLE,
+            grid={"tp": config.tp, "pp": 1, "dp": 1},
+            padded_vocab_size=rows,
+            architecture=architecture(config),
+        )
 
 
 def check_free(directory: Path, iteration: int) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from neox import log
 from neox.checkpoint.directory import write_checkpoint
 from neox.checkpoint.files import save_file
+from neox.checkpoint.lock import saving_alone
 from neox.checkpoint.manifest import Entry
 from neox.checkpoint.reshard import check_free
 from neox.checkpoint.run_state import save_run_state
@@ -52,16 +53,17 @@ def synthesize(directory: Path, config: NeoXConfig, rows: int, *, legacy_names: 
                     bar.update()
         return written | save_run_state(folder, _ITERATION, config.tp, {})
 
-    return write_checkpoint(
-        directory,
-        _ITERATION,
-        write,
-        config.config_files or {},
-        ProcessGroups.single(),
-        grid={"tp": config.tp, "pp": 1, "dp": 1},
-        padded_vocab_size=rows,
-        architecture=architecture(config),
-    )
+    with saving_alone(directory, ProcessGroups.single()):  # a run's unfinished save is its own
+        return write_checkpoint(
+            directory,
+            _ITERATION,
+            write,
+            config.config_files or {},
+            ProcessGroups.single(),
+            grid={"tp": config.tp, "pp": 1, "dp": 1},
+            padded_vocab_size=rows,
+            architecture=architecture(config),
+        )
 
 
 def _shards(layer: Layer, config: NeoXConfig, legacy_names: bool) -> list[dict[str, Tensor]]:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from neox.checkpoint.lock import saving_alone
 from neox.checkpoint.manifest import MANIFEST
 from neox.checkpoint.neox import Checkpoint
 from neox.checkpoint.reshard import choose_rows, reshard
@@ -284,3 +285,15 @@ def test_a_checkpoint_is_not_written_over_itself_or_another(tmp_path: Path, outp
     (tmp_path / "link").symlink_to(tmp_path)
     with pytest.raises(CheckpointError, match="global_step5 is there already"):
         reshard(Checkpoint.open(tmp_path), tmp_path / output, at(2), VOCAB)
+
+
+def test_a_run_that_saves_into_the_folder_is_left_alone(tmp_path: Path) -> None:
+    write_model(tmp_path, 5)
+    unfinished = write_model(tmp_path / "run", 7).parent / ".unfinished/global_step9"
+    unfinished.mkdir(parents=True)
+    with (
+        saving_alone(tmp_path / "run", ProcessGroups.single()),
+        pytest.raises(CheckpointError, match="another run is saving"),
+    ):
+        reshard(Checkpoint.open(tmp_path, 5), tmp_path / "run", at(2), VOCAB)
+    assert unfinished.exists()
