@@ -220,7 +220,18 @@ class Checkpoint:
         parameters = dict(module.named_parameters())
         with torch.no_grad():
             for name, layout, shards in self.tensors(layer):
-                reshard_into(parameters[name], shards, layout, groups.tp_rank, groups.tp)
+                target = parameters[name]
+                reshard_into(target, shards, layout, groups.tp_rank, groups.tp)
+                if target.dtype is torch.float16 and shards[0].dtype is not torch.float16:
+                    self._check_range(name, layer.file_index, target, shards)
+
+    def _check_range(self, name: str, index: int, target: Tensor, shards: list[Tensor]) -> None:
+        """Raises CheckpointError when a finite number has become infinite."""
+        if not target.isfinite().all() and all(shard.isfinite().all() for shard in shards):
+            raise CheckpointError(
+                f"{self.folder}: {name} of layer {index:02d} has numbers that float16 cannot hold, "
+                "which ends at 65504. Use --set precision=bfloat16 or fp32."
+            )
 
     def verify_file(self, path: Path) -> None:
         """Read a file through and compare it with its checksum. Raises CheckpointError."""

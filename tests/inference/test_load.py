@@ -10,7 +10,9 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from neox.checkpoint.directory import write_checkpoint
+from neox.checkpoint.files import save_file
 from neox.checkpoint.neox import save_layers
+from neox.checkpoint.sources import layer_file
 from neox.config.architecture import architecture
 from neox.errors import CheckpointError
 from neox.inference.load import load_model
@@ -124,3 +126,14 @@ def test_ranks_load_one_step(world: World, tmp_path: Path) -> None:
     expected = logits(0, str(tmp_path), Topology(), {})
     for found in world.run(2, logits_as_a_run_saves, str(tmp_path)):
         assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_numbers_that_float16_cannot_hold_are_refused(tmp_path: Path) -> None:
+    folder = write_model(tmp_path, 1)
+    (folder / "manifest.json").unlink()
+    tensors = torch.load(layer_file(folder, 3, 0), weights_only=True)
+    tensors["mlp.linear1.weight"][5, 6] = 70000.0
+    save_file(tensors, layer_file(folder, 3, 0))
+    with pytest.raises(CheckpointError, match=r"mlp\.linear1\.weight of layer 03 .* float16"):
+        load_model(config_of(load=str(tmp_path), precision="fp16"), SINGLE)
+    load_model(config_of(load=str(tmp_path), precision="bfloat16"), SINGLE)
