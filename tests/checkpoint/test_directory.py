@@ -13,7 +13,7 @@ import torch
 
 from neox.checkpoint.directory import check_writable, keep_last, recover, steps, write_checkpoint
 from neox.checkpoint.files import save_file
-from neox.checkpoint.manifest import Entry, Manifest
+from neox.checkpoint.manifest import Entry, Hasher, Manifest
 from neox.checkpoint.neox import Checkpoint
 from neox.checkpoint.verify import verify
 from neox.config.architecture import architecture
@@ -225,6 +225,17 @@ def test_torch_does_not_hide_the_systems_reason(directory: Path) -> None:
     ):
         write_model(directory, 8)
     assert sorted(path.name for path in directory.iterdir()) == ["global_step7", "latest"]
+
+
+def test_an_interrupt_in_the_middle_of_a_file_is_not_torchs_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(hasher: Hasher, data: bytes) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Hasher, "update", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        save_file({"x": torch.ones(8)}, tmp_path / "x.pt")
 
 
 # Several ranks
