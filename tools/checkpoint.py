@@ -258,6 +258,7 @@ def run_logits(options: argparse.Namespace) -> int:
         "iteration": options.iteration,
         "sample_input_file": options.tokens,
         "sample_output_file": options.output,
+        "precision": "fp32",  # whatever the model was trained in; --set precision=fp16 halves it
     }
     config = load_config(
         options.config,

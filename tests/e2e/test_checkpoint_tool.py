@@ -183,6 +183,27 @@ def test_logits_are_those_of_the_model(
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
+def test_logits_are_fp32_whatever_the_model_was_trained_in(
+    saved: Path, config: Path, tmp_path: Path
+) -> None:
+    half = tmp_path / "half.yml"
+    half.write_text(json.dumps({"bf16": {"enabled": True}}))
+    np.savez(tmp_path / "ids.npz", tokens=tokens(3).numpy())
+    files = ("--tokens", tmp_path / "ids.npz", "--output", tmp_path / "logits.npz")
+    command = ("logits", "--config", config, half, "--load", saved, *files)
+    found = []
+    for precision in ((), ("--set", "precision=bfloat16")):
+        status, _, stderr = run(*command, *precision)
+        assert status == 0, stderr
+        found.append(torch.from_numpy(np.load(tmp_path / "logits.npz")["logits"]))
+    expected = load_model(config_of(load=str(saved), iteration=7), ProcessGroups.single())(
+        tokens(3)
+    )
+    assert expected is not None
+    torch.testing.assert_close(found[0], expected, rtol=0, atol=1e-5)
+    assert (found[1] - expected).abs().max() > 1e-4
+
+
 SIZES = ("model_parallel_size", "pipe_parallel_size")
 
 
