@@ -14,7 +14,7 @@ from neox import log
 from neox.errors import CheckpointError
 from neox.parallel.groups import ProcessGroups
 
-_LOCK = ".lock"
+LOCK = ".lock"
 _MOST = 200  # bytes that are read of who holds it
 
 
@@ -29,7 +29,7 @@ def saving_alone(directory: Path, groups: ProcessGroups) -> Iterator[None]:
     Collective over the world; `directory` is there. Raises CheckpointError, on every rank, when
     another run holds it.
     """
-    handle, problem = _lock(directory / _LOCK) if groups.rank == 0 else (None, None)
+    handle, problem = _lock(directory / LOCK) if groups.rank == 0 else (None, None)
     try:
         problem = groups.gather(problem)[0]
         if problem is not None:

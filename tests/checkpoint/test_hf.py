@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -103,6 +104,35 @@ def test_pickled_weights_with_the_buffers_of_their_time(parts: int, tmp_path: Pa
     (shard,) = Checkpoint.open(folder).shards(3)
     assert shard.buffers.keys() == {name.removeprefix("gpt_neox.layers.1.") for name in buffers}
     assert shard.names["mlp.linear1.bias"] == "gpt_neox.layers.1.mlp.dense_h_to_4h.bias"
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_names_that_transformers_5_has_in_memory(tied: bool, tmp_path: Path) -> None:
+    from transformers import GPTNeoXForCausalLM
+
+    folder = make(tmp_path, tie_word_embeddings=tied)
+    expected = their_logits(folder, TOKENS)
+    tensors = GPTNeoXForCausalLM.from_pretrained(folder).state_dict()
+    assert "lm_head.weight" in tensors
+    (folder / "model.safetensors").unlink()
+    torch.save(tensors, folder / "pytorch_model.bin")
+    assert_close(load_here(folder), expected, **CLOSE)
+
+
+def test_a_file_that_may_not_be_read_is_not_called_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make(tmp_path)
+    opened = Path.open
+
+    def refuse(path: Path, *arguments: Any, **options: Any) -> Any:
+        if path.name == "model.safetensors":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return opened(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", refuse)  # a mode would not keep root out
+    with pytest.raises(CheckpointError, match="cannot be read: Permission denied"):
+        load_here(folder)
 
 
 def test_tensors_are_views_of_the_file(tmp_path: Path) -> None:

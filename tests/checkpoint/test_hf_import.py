@@ -152,3 +152,14 @@ def test_rows_that_tp_does_not_divide_are_refused(tmp_path: Path) -> None:
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="holds no model of transformers"):
         import_folder(tmp_path, tmp_path / "neox")
+
+
+def test_what_a_killed_import_left_is_no_obstacle(tmp_path: Path) -> None:
+    aside = tmp_path / "neox/.unfinished/global_step0"
+    aside.mkdir(parents=True)
+    (aside / "layer_00-model_00-model_states.pt").write_bytes(b"half of it")
+    (tmp_path / "neox/.lock").touch()
+    import_folder(make(tmp_path / "theirs"), tmp_path / "neox")
+    assert not aside.parent.exists() and (tmp_path / "neox/latest").is_file()
+    with pytest.raises(CheckpointError, match="is there already, and not empty"):
+        import_folder(tmp_path / "theirs", tmp_path / "neox")

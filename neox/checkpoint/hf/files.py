@@ -17,6 +17,7 @@ from neox.errors import CheckpointError, ConfigError
 
 SAFETENSORS = "model.safetensors"
 _TORCH = "pytorch_model.bin"
+_HEAD = "lm_head."  # what transformers 5 calls embed_out in memory, and in torch.save of that
 _SHOWN = 4
 
 
@@ -62,6 +63,8 @@ class TransformersFiles:
         """For each layer's index the names of its tensors, here (as ever) -> in the folder."""
         depth = self.config.values["num_layers"]
         prefixes = gpt_neox_prefixes(depth)
+        if any(name.startswith(_HEAD) for name in self._paths):
+            prefixes[depth + 4] = (_HEAD, prefixes[depth + 4][1])
         layers = {
             index: {
                 ours + name.removeprefix(theirs): name
@@ -137,15 +140,21 @@ def load_tensors(path: Path, names: Iterable[str] | None = None) -> dict[str, Te
             raise CheckpointError(f"{path} is damaged: it lacks {_some(lacking)}.")
         return {name: stored[name] for name in names or stored}
     try:
+        path.open("rb").close()  # safetensors calls every file missing that it may not read
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
+    try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in names or file.keys()}
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} is damaged: {error}.") from error
 
 
-def check_new(output: Path) -> None:
-    """Raises CheckpointError unless `output` is missing or an empty folder."""
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+def check_new(output: Path, remains: Collection[str] = ()) -> None:
+    """Raises CheckpointError unless `output` is missing, or a folder with at most `remains`."""
+    if output.exists() and (
+        not output.is_dir() or any(path.name not in remains for path in output.iterdir())
+    ):
         raise CheckpointError(f"{output} is there already, and not empty. Name a new folder.")
 
 

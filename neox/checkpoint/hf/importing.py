@@ -7,7 +7,9 @@ from pathlib import Path
 import torch
 
 from neox.atomic import write_bytes
+from neox.checkpoint.directory import UNFINISHED
 from neox.checkpoint.hf.files import TransformersFiles, check_new
+from neox.checkpoint.lock import LOCK
 from neox.checkpoint.neox import Checkpoint
 from neox.checkpoint.reshard import choose_rows, reshard
 from neox.config import from_dict, hf
@@ -29,7 +31,7 @@ def import_folder(
     """
     if not hf.is_transformers(folder):
         raise CheckpointError(f"{folder} holds no model of transformers: config.json and weights.")
-    check_new(output)
+    check_new(output, remains=(UNFINISHED, LOCK))  # of one that was killed; reshard clears it away
     source = TransformersFiles(folder)
     checkpoint, model = Checkpoint(folder, source), source.config
     values = {**model.values, "seq_length": model.values["max_position_embeddings"]}
