@@ -6,11 +6,14 @@ slices (neox.model.shard) straight into its parameters, so nothing is held besid
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -35,6 +38,8 @@ from neox.model.gpt import Layer, LocalLayers
 from neox.model.layout import ParamLayout
 from neox.model.shard import file_shard, reshard, reshard_into
 from neox.parallel.groups import ProcessGroups
+
+_AHEAD = 4  # files verified before it is their turn: two layers of two shards
 
 
 def step_folder(directory: Path, iteration: int) -> Path:
@@ -122,6 +127,24 @@ def _found(directory: Path) -> str:
     return f"it holds {', '.join(others)}." if others else "it is empty."
 
 
+class _Ahead:
+    """Files that a thread verifies in turn, at most a few ahead of those that are waited for."""
+
+    def __init__(self, verify: Callable[[Path], Future[None]], files: Iterable[Path]) -> None:
+        self._verify = verify
+        self._files = deque(files)
+        self._started: dict[Path, Future[None]] = {}
+
+    def wait(self, paths: list[Path]) -> None:
+        """Until `paths` are verified, those that are among the files. Raises CheckpointError."""
+        while self._files and len(self._started) < len(paths) + _AHEAD:
+            path = self._files.popleft()
+            self._started[path] = self._verify(path)
+        for path in paths:
+            if path in self._started:
+                self._started.pop(path).result()
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """An opened checkpoint: which shards exist; tensors are read on demand.
@@ -134,7 +157,7 @@ class Checkpoint:
     source: Source = field(repr=False)
     manifest: Manifest | None = field(repr=False, default=None)
     verified: set[Path] = field(repr=False, default_factory=set)
-    _pending: dict[Path, Future[None]] = field(repr=False, default_factory=dict)
+    _ahead: list[_Ahead] = field(repr=False, default_factory=list)  # at most one
 
     @classmethod
     def open(cls, directory: Path, iteration: int | None = None) -> Checkpoint:
@@ -217,6 +240,10 @@ class Checkpoint:
         CheckpointError.
         """
         self.verify_layer(layer.file_index, groups)
+        self._fill(module, layer, groups)
+        self._forget(layer.file_index, groups)  # its files are mapped no more
+
+    def _fill(self, module: nn.Module, layer: Layer, groups: ProcessGroups) -> None:
         parameters = dict(module.named_parameters())
         with torch.no_grad():
             for name, layout, shards in self.tensors(layer):
@@ -245,27 +272,46 @@ class Checkpoint:
     def verifying_ahead(self, layers: Iterable[Layer], groups: ProcessGroups) -> Iterator[None]:
         """Have a thread verify the files of `layers`, which `load_into` is then called for in turn.
 
-        The disk is read while memory is copied: two thirds of the time that the two would take.
+        The disk is read while memory is copied.
         """
+        indices = [layer.file_index for layer in layers if layer.has_parameters]
+        files = dict.fromkeys(path for index in indices for path in self._share(index, groups))
         with ThreadPoolExecutor(1) as thread:
-            for layer in layers:
-                if layer.has_parameters:
-                    for path in self._share(layer.file_index, groups):
-                        if path not in self._pending:
-                            self._pending[path] = thread.submit(self.verify_file, path)
+            self._ahead.append(_Ahead(lambda path: thread.submit(self.verify_file, path), files))
             try:
                 yield
             finally:
+                self._ahead.clear()
                 thread.shutdown(cancel_futures=True)
-                self._pending.clear()
 
     def verify_layer(self, index: int, groups: ProcessGroups) -> None:
         """`verify_file` of this rank's share of a layer's files. Raises CheckpointError."""
-        for path in self._share(index, groups):
-            if path in self._pending:
-                self._pending[path].result()
-            else:
+        paths = self._share(index, groups)
+        if self._ahead:
+            self._ahead[0].wait(paths)
+        for path in paths:
+            if path not in self.verified:
                 self.verify_file(path)
+
+    def _forget(self, index: int, groups: ProcessGroups) -> None:
+        """Let the system drop a layer's files from its page cache, where they would crowd memory.
+
+        A checkpoint of more than a quarter of the memory, cached beside the model that is made from
+        it, costs more in fresh pages than it saves: with its own pages used again, the layers of
+        benchmarks/load.py load in a third of the time. A smaller one stays, for the next start.
+        """
+        if groups.world_size > 1 or not isinstance(self.source, LayerFiles):
+            return  # others may be about to read them, and so may other layers
+        if self._size > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4:
+            for path in self.source.files(index):
+                with open(path, "rb") as file:
+                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+    @cached_property
+    def _size(self) -> int:
+        """Bytes of all layers' files."""
+        files = {path for index in self.source.indices for path in self.source.files(index)}
+        return sum(path.stat().st_size for path in files)
 
     def _share(self, index: int, groups: ProcessGroups) -> list[Path]:
         """The files of a layer that this rank is to verify, of the ranks that read them."""

@@ -44,8 +44,6 @@ def prepare_environment(job: Job, place: Place) -> None:
         loopback = [name for _, name in socket.if_nameindex() if name.startswith("lo")]
         if loopback:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback[0])
-    # Weights in pages of 2 MB: copying a checkpoint into them takes a third of the time.
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     os.environ.setdefault("HOME", os.path.expanduser("~"))  # cron has none; W&B's service wants it
     log.set_rank(place.rank)
