@@ -25,7 +25,7 @@ from tests.small_disk import small_disk, small_files
 
 DEEPY = Path(__file__).parents[2] / "deepy.py"
 KILLS = int(os.environ.get("NEOX_KILLS", "6"))
-MOST = 16  # iterations between two kills
+MOST = 20  # iterations between two kills, on average at most
 EVERY = 3  # iterations between two saves
 
 
@@ -117,7 +117,7 @@ def test_a_killed_run_loses_nothing_that_was_saved(
     for number in range(kills):
         life = Life(killed)
         if draw.random() < 0.2:
-            time.sleep(draw.uniform(0, 6))  # while it starts, or a little later
+            time.sleep(draw.uniform(0, 5))  # while it starts, or a little later
         else:
             life.read(draw.randrange(1, MOST - 2))
             time.sleep(draw.uniform(0, 0.1))  # a step and a save together take about that long
