@@ -31,7 +31,9 @@ class TextGenConfig:
     recompute: bool = key(False, "Generate without the key/value cache.")
     precompute_model_name: str | None = refused(None, "Name of the reference model.", _PRECOMPUTE)
 
-    eval_tasks: list[str] | None = key(None, "Tasks of evaluate.py.")
+    eval_tasks: list[str] | None = key(
+        None, "Tasks of evaluate.py, and of every validation while training."
+    )
     eval_results_prefix: str = key("", "Prefix of the results file.")
     eval_data_dir: str | None = key(None, "Folder with local copies of the tasks' data.")
     num_fewshot: int | None = key(

@@ -27,10 +27,8 @@ class TrainingConfig:
     )
     exit_interval: int | None = key(None, "Stop when the iteration is a multiple of it.", low=1)
     eval_interval: int = key(1000, "Iterations between two validations.", low=1)
-    eval_iters: int = key(100, "Batches of one validation; 0 turns it off.", low=0)
-    char_level_ppl: bool = refused(
-        False, "Report perplexity by character.", "perplexity by character is not supported"
-    )
+    eval_iters: int = key(100, "Batches of one validation; 0: no losses, only eval_tasks.", low=0)
+    char_level_ppl: bool = key(False, "Report validation's perplexity by character too.")
     train_impl: Literal["normal", "dpo", "rm", "kto", "reinforce"] = key(
         "normal",
         "The objective: next-token prediction.",
@@ -59,10 +57,8 @@ class TrainingConfig:
     no_save_optim: bool = ignored(
         False, "Don't save the optimizer's state.", "it is always saved (also upstream)"
     )
-    checkpoint_validation_with_forward_pass: bool = refused(
-        False,
-        "Compare logits before saving and after loading.",
-        "comparing logits around a save is not supported",
+    checkpoint_validation_with_forward_pass: bool = key(
+        False, "Save the losses of a forward pass; after loading, compute and compare them."
     )
     s3_path: str | None = refused(None, "S3 address to upload checkpoints to.", _S3)
     s3_chunk_size: int = refused(104857600, "Bytes of one part of an upload.", _S3)

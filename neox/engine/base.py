@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -10,6 +11,7 @@ from typing import Any, Protocol
 from neox.checkpoint.manifest import Entry
 from neox.checkpoint.neox import Checkpoint
 from neox.data.loaders import Batch
+from neox.model.gpt import LocalLayers
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,13 @@ class Engine(Protocol):
 
     def eval_batch(self, batches: Iterator[Batch]) -> float:
         """Mean loss over gradient_accumulation_steps micro-batches, without dropout."""
+
+    def lend(self) -> AbstractContextManager[LocalLayers]:
+        """This rank's layers for an evaluation, whole and without dropout, while the block lasts.
+
+        Training goes on afterwards as if there had been none. The layers are the training's own,
+        without a copy; under ZeRO 3 they are copies.
+        """
 
     def save(self, folder: Path, state: dict[str, Any]) -> dict[str, Entry]:
         """Write layer files, optimizer state and `state` into `folder`, which exists.

@@ -31,6 +31,7 @@ from neox.data.loaders import Batch
 from neox.engine.base import TrainStep
 from neox.engine.checkpoint_engine import SafeCheckpointEngine, load_deepspeed_file
 from neox.engine.elastic import load_universal, universal_checkpoint
+from neox.engine.evaluating import gathered, lent
 from neox.engine.optimizers import build_optimizer
 from neox.engine.plain_state import PlainState
 from neox.engine.saved_state import ZeroState
@@ -115,6 +116,11 @@ class DeepSpeedEngine(ABC):
     @abstractmethod
     def train_loss(self, batches: Iterator[Batch]) -> float:
         """Forward, backward and step over one global batch; the mean loss, on every rank."""
+
+    def lend(self) -> contextlib.AbstractContextManager[LocalLayers]:
+        if self.inner.zero_optimization_partition_weights():
+            return contextlib.nullcontext(gathered(self.local, self.groups.device))
+        return lent(self.local)
 
     def save(self, folder: Path, state: dict[str, Any]) -> dict[str, Entry]:
         files = self.inner.checkpoint_engine = SafeCheckpointEngine()

@@ -17,7 +17,8 @@ from neox.model.gpt import count_parameters
 from neox.model.layout import pad_vocab_size
 from neox.parallel.groups import ProcessGroups
 from neox.tokenizer import Tokenizer, build_tokenizer
-from neox.train.loop import evaluate, train
+from neox.train.evaluations import Evaluations, Scores
+from neox.train.loop import train
 from neox.train.metrics import RunLog
 from neox.train.start import find_start
 
@@ -49,6 +50,7 @@ def _run(config: NeoXConfig, groups: ProcessGroups) -> None:
             f"train_iters ({config.train_iters}) is reached: nothing to train, only evaluating"
         )
     rows = _vocabulary_rows(config, start.checkpoint, tokenizer)
+    scores = _task_scores(config, groups, tokenizer, rows)
     log.info(
         f"model: {count_parameters(config, rows):,} parameters, "
         f"vocabulary {tokenizer.vocab_size} padded to {rows}; "
@@ -69,15 +71,23 @@ def _run(config: NeoXConfig, groups: ProcessGroups) -> None:
                 "fresh one."
             )
 
+    evaluations = Evaluations(config, groups, engine, loaders, tokenizer, scores)
     with RunLog(config, groups, iteration=start.iteration, padded_vocab_size=rows) as run:
-        iteration = train(config, groups, engine, loaders, run, start.iteration, rows)
-        for chart, data, batches in (
-            ("validation", "val", loaders.valid),
-            ("test", "test", loaders.test),
-        ):
-            if batches is not None:
-                metrics = evaluate(config, engine, batches)
+        iteration = train(config, groups, engine, loaders, evaluations, run, start.iteration, rows)
+        for chart, data, metrics in evaluations.at_the_end(iteration):
+            if metrics:
                 run.evaluation(chart, iteration, metrics, f"the end of training for {data} data")
+
+
+def _task_scores(
+    config: NeoXConfig, groups: ProcessGroups, tokenizer: Tokenizer, rows: int
+) -> Scores | None:
+    """Of eval_tasks, if there are any: lm-eval takes seconds to import."""
+    if not config.eval_tasks:
+        return None
+    from neox.evaluation.while_training import TaskScores
+
+    return TaskScores(config, groups, tokenizer, rows)
 
 
 def _vocabulary_rows(

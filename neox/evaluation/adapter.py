@@ -28,11 +28,17 @@ from neox.tokenizer import Tokenizer
 Pair = tuple[list[int], list[int]]  # tokens of a context, tokens of what follows it
 
 
+class NotFiniteError(CheckpointError):
+    """The model computes NaN or infinity."""
+
+
 class NeoXLM(LM):
     """lm-eval's view of one model.
 
     batch_size: rows of a forward pass; the scores do not depend on it.
     bar: counts the forward passes' rows; made by the caller, who may hide lm-eval's own bars.
+    together: whether a NotFiniteError waits until every rank can raise it, for who goes on after
+    it; otherwise the rank that finds a reason for it raises it at once.
     """
 
     def __init__(
@@ -43,6 +49,7 @@ class NeoXLM(LM):
         batch_size: int,
         seed: int,
         bar: tqdm | None = None,
+        together: bool = False,
     ) -> None:
         super().__init__()  # rank 0 of 1: each of our ranks shows lm-eval all requests
         self.model = model
@@ -50,6 +57,7 @@ class NeoXLM(LM):
         self.batch_size = batch_size
         self.seed = seed
         self.bar = log.progress(total=0, desc="evaluating") if bar is None else bar
+        self.together = together
         self.max_length: int = model.config.seq_length
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
@@ -145,21 +153,19 @@ class NeoXLM(LM):
                 for row, logits_SV in zip(batch, logits_BSV, strict=True):
                     for i in askers[row]:
                         scores[i] = _score_tail(logits_SV[: len(row)], pairs[i][1])
+                        if not self.together:
+                            _check_finite(scores[i])
             self.bar.update(len(batch))
         scores = self.model.broadcast(scores.to(self.model.device))
         if groups.dp_group is not None:
             dist.all_reduce(scores, group=groups.dp_group)
+        _check_finite(scores)
         return scores.tolist()
 
     def _continue(self, context: str, options: dict[str, Any], index: int) -> str:
         """The text after `context`; `index` numbers the request, for its random stream."""
-        until, limit, sampling = _generation_options(options)
+        until, limit, sampling = generation_options(options, self.max_length)
         eod = self.tokenizer.eod
-        if limit >= self.max_length:
-            raise ConfigError(
-                f"max_gen_toks is {limit}, which leaves no room for a prompt within the model's "
-                f"seq_length of {self.max_length}"
-            )
         prompt = self.tokenizer.tokenize(context)[-(self.max_length - limit) :] or [eod]
         text = ""
         tokens: list[int] = []
@@ -199,17 +205,20 @@ def _score_tail(logits_SV: Tensor, continuation: list[int]) -> Tensor:
     tokens_C = torch.tensor(continuation, device=logits_SV.device)
     log_probabilities_CV = logits_SV[-len(continuation) :].float().log_softmax(dim=-1)
     total = log_probabilities_CV.gather(1, tokens_C[:, None]).sum()
-    if not total.isfinite():
-        raise CheckpointError(
-            "the model's logits are not finite numbers: the checkpoint is damaged, or its "
-            "activations overflow this precision; try `precision: fp32`"
-        )
     greedy = (log_probabilities_CV.argmax(dim=-1) == tokens_C).all()
     return torch.stack([total.double(), greedy.double()]).cpu()
 
 
-def _generation_options(options: dict[str, Any]) -> tuple[list[str], int, Sampling]:
-    """Stop strings, the number of tokens at most, and how to choose them."""
+def _check_finite(scores: Tensor) -> None:
+    if not scores.isfinite().all():
+        raise NotFiniteError(
+            "the model's logits are not finite numbers: the checkpoint is damaged, or its "
+            "activations overflow this precision; try `precision: fp32`"
+        )
+
+
+def generation_options(options: dict[str, Any], seq_length: int) -> tuple[list[str], int, Sampling]:
+    """Stop strings, the number of tokens at most, and how to choose them. ConfigError."""
     options = dict(normalize_gen_kwargs(options))
     until = [stop for stop in options.pop("until") if stop]
     limit = options.pop("max_gen_toks")
@@ -225,5 +234,10 @@ def _generation_options(options: dict[str, Any]) -> tuple[list[str], int, Sampli
         raise ConfigError(
             f"the task's generation_kwargs ask for {unknown}; known here are until, max_gen_toks, "
             "do_sample, temperature, top_k and top_p"
+        )
+    if limit >= seq_length:
+        raise ConfigError(
+            f"max_gen_toks is {limit}, which leaves no room for a prompt within the model's "
+            f"seq_length of {seq_length}"
         )
     return until, limit, sampling

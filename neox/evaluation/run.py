@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from neox import atomic, log
 from neox.config import NeoXConfig
 from neox.errors import ConfigError
-from neox.evaluation.tasks import load_tasks, silenced
+from neox.evaluation.tasks import load_tasks, seed_fewshot, silenced
 from neox.inference.stages import InferenceModel
 from neox.parallel.groups import ProcessGroups
 from neox.tokenizer import Tokenizer
@@ -49,31 +49,9 @@ def evaluate(
     what the scores depend on besides the checkpoint. Collective over the world. Every rank gets
     the scores, rank 0 alone their standard errors.
     """
-    from lm_eval import evaluator
-
-    from neox.evaluation.adapter import NeoXLM
-
     tasks = load_tasks(config) if tasks is None else tasks
-    # lm-eval would bootstrap in forked processes, and a process with communicators cannot fork.
-    os.environ["DISABLE_MULTIPROC"] = "1"
     started = time.time()
-    with log.progress(total=0, desc="evaluating", unit=" inputs") as bar, silenced():
-        lm = NeoXLM(
-            model,
-            tokenizer,
-            batch_size=config.train_micro_batch_size_per_gpu,
-            seed=config.seed,
-            bar=bar,
-        )
-        results = evaluator.evaluate(
-            lm,
-            tasks,
-            limit=config.limit,
-            bootstrap_iters=BOOTSTRAP_ITERATIONS if groups.rank == 0 else 0,
-            log_samples=False,
-        )
-    for definition in results["configs"].values():
-        definition.pop("custom_dataset", None)  # a function; dataset_path says what it read
+    results = score(config, model, tokenizer, groups, tasks)
     return {
         **results,
         "n_docs": {task: count["effective"] for task, count in results["n-samples"].items()},
@@ -81,6 +59,49 @@ def evaluate(
         "date": started,
         "duration_seconds": time.time() - started,
     }
+
+
+def score(
+    config: NeoXConfig,
+    model: InferenceModel,
+    tokenizer: Tokenizer,
+    groups: ProcessGroups,
+    tasks: TaskDict,
+    *,
+    bootstrap_iterations: int = BOOTSTRAP_ITERATIONS,
+    together: bool = False,
+) -> dict[str, Any]:
+    """lm-eval's dictionary of results. Collective over the world, as `evaluate`.
+
+    NotFiniteError when the model's logits are not numbers; `together` as NeoXLM has it.
+    """
+    from lm_eval import evaluator
+
+    from neox.evaluation.adapter import NeoXLM
+
+    # lm-eval would bootstrap in forked processes, and a process with communicators cannot fork.
+    os.environ["DISABLE_MULTIPROC"] = "1"
+    for task in tasks["tasks"].values():  # a task draws its examples anew each time it is scored
+        seed_fewshot(task)
+    with log.progress(total=0, desc="evaluating", unit=" inputs") as bar, silenced():
+        lm = NeoXLM(
+            model,
+            tokenizer,
+            batch_size=config.train_micro_batch_size_per_gpu,
+            seed=config.seed,
+            bar=bar,
+            together=together,
+        )
+        results = evaluator.evaluate(
+            lm,
+            tasks,
+            limit=config.limit,
+            bootstrap_iters=bootstrap_iterations if groups.rank == 0 else 0,
+            log_samples=False,
+        )
+    for definition in results["configs"].values():
+        definition.pop("custom_dataset", None)  # a function; dataset_path says what it read
+    return results
 
 
 def check_prefix(prefix: str) -> None:
@@ -127,12 +148,17 @@ def scores(results: Mapping[str, Any]) -> list[Score]:
 
 
 def tracker_metrics(results: Mapping[str, Any]) -> dict[str, float]:
-    """`eval/{task}_{metric}` -> value, and `eval/{task}_{metric}_stderr` where there is one."""
+    """`metrics` under the names of W&B's charts, `eval/{task}_{metric}`."""
+    return {f"eval/{name}": value for name, value in metrics(results).items()}
+
+
+def metrics(results: Mapping[str, Any]) -> dict[str, float]:
+    """`{task}_{metric}` -> value, and `{task}_{metric}_stderr` where there is one."""
     values = {}
     for score in scores(results):
-        values[f"eval/{score.task}_{score.metric}"] = score.value
+        values[f"{score.task}_{score.metric}"] = score.value
         if score.stderr is not None:
-            values[f"eval/{score.task}_{score.metric}_stderr"] = score.stderr
+            values[f"{score.task}_{score.metric}_stderr"] = score.stderr
     return values
 
 

@@ -61,8 +61,9 @@ def load_tasks(config: NeoXConfig) -> TaskDict:
         tasks["tasks"].update(loaded["tasks"])
         tasks["groups"].update(loaded["groups"])
         tasks["group_map"].update(loaded["group_map"])
-    for task in tasks["tasks"].values():
+    for name, task in tasks["tasks"].items():
         _set_fewshot(task, config.num_fewshot)
+        _check(name, task, config)
     return tasks
 
 
@@ -162,17 +163,50 @@ def _missing(name: str, folder: Path | None, reason: str) -> str:
     return f"{text}; put into {folder} (eval_data_dir) {FILES[name]}"
 
 
-def _set_fewshot(task: Task, num_fewshot: int | None) -> None:
-    """Give a task its number of examples as lm-eval does: one that is defined as 0 stays 0.
+def _check(name: str, task: Task, config: NeoXConfig) -> None:
+    """Find out before hours of training what would end them. ConfigError, DataError.
 
-    With lm-eval's seed, the same examples are drawn as by lm-eval itself.
+    A task that generates must leave room for a prompt, and the first document must become a prompt.
     """
-    from lm_eval.defaults import DEFAULT_OTHER_SEED
+    from neox.evaluation.adapter import generation_options
 
+    if getattr(task, "UNSAFE_CODE", False):
+        raise ConfigError(
+            f"eval_tasks: {name} runs the code that the model writes, which is unsafe"
+        )
+    if getattr(task, "MULTIMODAL", False):
+        raise ConfigError(
+            f"eval_tasks: {name} asks about images or sounds, and the model reads text"
+        )
+    try:
+        if task.OUTPUT_TYPE == "generate_until":
+            generation_options(task.get_config("generation_kwargs"), config.seq_length)
+    except ConfigError as error:
+        raise ConfigError(f"eval_tasks: {name}: {error}") from None
+    try:
+        with silenced():
+            task.build_all_requests(limit=1)
+            seed_fewshot(task)
+    except Exception as error:  # a task's templates and code may fail in any way
+        reason = str(error).split("\n")[0]
+        raise DataError(
+            f"{name}: no prompt can be made of its first document ({reason})"
+        ) from error
+
+
+def _set_fewshot(task: Task, num_fewshot: int | None) -> None:
+    """Give a task its number of examples as lm-eval does: one that is defined as 0 stays 0."""
     if num_fewshot is not None and task.get_config("num_fewshot") != 0:
         task.set_config("num_fewshot", num_fewshot)
     elif task.get_config("num_fewshot") is None:
         task.set_config("num_fewshot", 0)
+    seed_fewshot(task)
+
+
+def seed_fewshot(task: Task) -> None:
+    """Let a task draw its examples from the beginning, the same that lm-eval itself draws."""
+    from lm_eval.defaults import DEFAULT_OTHER_SEED
+
     task.set_fewshot_seed(DEFAULT_OTHER_SEED)
 
 

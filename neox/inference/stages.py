@@ -28,7 +28,10 @@ class InferenceModel:
         padded_vocab_size: int,
         dtype: torch.dtype,
     ) -> None:
-        """`stage` is this rank's consecutive layers with their built modules, on their device."""
+        """`stage` is this rank's consecutive layers with their built modules, on their device.
+
+        Their parameters stay as they are; a training engine may have lent them.
+        """
         self.config = config
         self.groups = groups
         self.device = groups.device
@@ -38,7 +41,6 @@ class InferenceModel:
         for _, module in self._stage:
             if isinstance(module, nn.Module):
                 module.eval()
-                module.requires_grad_(False)
 
     @property
     def is_last_stage(self) -> bool:
@@ -73,7 +75,7 @@ class InferenceModel:
         """
         x = tokens_BS.to(self.device)
         if not self.groups.is_first_stage:
-            x = self._receive(*tokens_BS.shape)
+            x = self._receive(*tokens_BS.shape, last_only)
         start = cache.length if cache is not None else 0
         blocks = 0
         for layer, module in self._stage:
@@ -105,17 +107,19 @@ class InferenceModel:
             dist.broadcast(tensor, source, group=self.groups.replica_group)
         return tensor
 
-    # Stages split between transformer layers, so what travels is always x_SBH.
+    # Training may split stages between any two layers (pipe_partition_method), so what travels is
+    # the input of the receiver's first layer.
 
-    def _send(self, x_SBH: Tensor) -> None:
+    def _send(self, x: Tensor) -> None:
         to = self.groups.stage_rank(self.groups.pp_rank + 1)
-        dist.send(x_SBH.contiguous(), to, group=self.groups.pp_group)
+        dist.send(x.contiguous(), to, group=self.groups.pp_group)
 
-    def _receive(self, batch: int, length: int) -> Tensor:
-        x_SBH = torch.empty(
-            length, batch, self.config.hidden_size, dtype=self.dtype, device=self.device
-        )
-        dist.recv(
-            x_SBH, self.groups.stage_rank(self.groups.pp_rank - 1), group=self.groups.pp_group
-        )
-        return x_SBH
+    def _receive(self, batch: int, length: int, last_only: bool) -> Tensor:
+        first = self._stage[0][0].index
+        norm = self.config.num_layers + 3
+        if last_only and first > norm:
+            length = 1  # the norm came before and let one position through
+        shape = (length, batch) if 1 < first < norm else (batch, length)
+        x = torch.empty(*shape, self.config.hidden_size, dtype=self.dtype, device=self.device)
+        dist.recv(x, self.groups.stage_rank(self.groups.pp_rank - 1), group=self.groups.pp_group)
+        return x

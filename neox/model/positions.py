@@ -28,6 +28,7 @@ class RotaryTable:
         cos, sin = self._cos_TD[start:stop], self._sin_TD[start:stop]
         return cos.to(like.dtype), sin.to(like.dtype)
 
+    @torch.inference_mode(False)  # training may use what an evaluation was the first to need
     def _grow(self, length: int, device: torch.device) -> None:
         positions = torch.arange(length, dtype=torch.float32)
         angles = torch.outer(positions, frequencies(self.dim, self._base))

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 from neox.checkpoint.directory import keep_last, write_checkpoint
 from neox.checkpoint.manifest import HAS_MANIFEST
 from neox.config import NeoXConfig
 from neox.config.architecture import architecture
-from neox.data.loaders import Batch, Loaders
+from neox.data.loaders import Loaders
 from neox.engine.base import Engine
 from neox.parallel.groups import ProcessGroups
 from neox.train.cadence import is_save_iteration
+from neox.train.evaluations import Evaluations
 from neox.train.metrics import RunLog, StepResult
 from neox.train.schedule import rate_reported, rate_used
 
@@ -24,6 +23,7 @@ def train(
     groups: ProcessGroups,
     engine: Engine,
     loaders: Loaders,
+    evaluations: Evaluations,
     run: RunLog,
     iteration: int,
     padded_vocab_size: int,
@@ -50,21 +50,13 @@ def train(
                 seconds=time.perf_counter() - started,
             ),
         )
-        if loaders.valid is not None and iteration % config.eval_interval == 0:
-            run.evaluation("validation", iteration, evaluate(config, engine, loaders.valid))
+        if iteration % config.eval_interval == 0 and (found := evaluations.validate(iteration)):
+            run.evaluation("validation", iteration, found)
         if is_save_iteration(config, iteration):
             save(config, groups, engine, run, iteration, padded_vocab_size)
         if config.exit_interval and iteration % config.exit_interval == 0:
             break
     return iteration
-
-
-def evaluate(config: NeoXConfig, engine: Engine, batches: Iterator[Batch]) -> dict[str, float]:
-    """Mean loss and perplexity over `eval_iters` global batches. Collective over the world."""
-    losses = [engine.eval_batch(batches) for _ in range(config.eval_iters)]
-    loss = sum(losses) / len(losses)
-    # Upstream caps the exponent at 20, so that a diverged model's perplexity stays a number.
-    return {"lm_loss": loss, "lm_loss_ppl": math.exp(min(20.0, loss))}
 
 
 def save(

@@ -99,14 +99,14 @@ FROZEN = {
         pipe_parallel_size                        acts     0
         model_parallel_size                       acts     1
         pipe_partition_method                     acts     "type:transformer|mlp"
-        sequence_parallel                         refused  false
+        sequence_parallel                         acts     false
         world_size                                derived  1
         is_pipe_parallel                          derived  false
     """,
     "OptimizerConfig": r"""
         optimizer                                 acts     null
         optimizer_type                            acts     "adam"
-        use_bnb_optimizer                         refused  false
+        use_bnb_optimizer                         acts     false
         weight_decay                              acts     0.1
         gradient_clipping                         acts     1.0
         lr                                        derived  0.001
@@ -118,12 +118,14 @@ FROZEN = {
     """,
     "LRSchedulerConfig": r"""
         lr_decay_style                            acts     "linear"
+        wsd_decay_ratio                           acts     0.1
+        wsd_decay_style                           acts     "cosine"
         lr_decay_iters                            acts     null
         lr_decay_fraction                         acts     null
         min_lr                                    acts     0.0
         warmup                                    acts     0.01
-        override_lr_scheduler                     ignored  false
-        use_checkpoint_lr_scheduler               refused  false
+        override_lr_scheduler                     acts     false
+        use_checkpoint_lr_scheduler               acts     false
     """,
     "TrainingConfig": r"""
         train_iters                               acts     null
@@ -131,7 +133,7 @@ FROZEN = {
         exit_interval                             acts     null
         eval_interval                             acts     1000
         eval_iters                                acts     100
-        char_level_ppl                            refused  false
+        char_level_ppl                            acts     false
         train_impl                                acts     "normal"
         save                                      acts     null
         load                                      acts     null
@@ -144,7 +146,7 @@ FROZEN = {
         no_load_rng                               ignored  false
         no_save_rng                               ignored  false
         no_save_optim                             ignored  false
-        checkpoint_validation_with_forward_pass   refused  false
+        checkpoint_validation_with_forward_pass   acts     false
         s3_path                                   refused  null
         s3_chunk_size                             refused  104857600
         checkpoint_activations                    acts     false
