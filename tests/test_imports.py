@@ -45,7 +45,7 @@ DOORS = {
     "backports": ("neox.data",),
     "lm_eval": ("neox.evaluation",),
     "datasets": ("neox.evaluation",),
-    "wandb": ("neox.train.trackers",),
+    "wandb": ("neox.train.wandb_run",),
     "fastapi": ("neox.serving",),
     "bitsandbytes": ("neox.model.quantized", "neox.engine"),
 }

@@ -8,19 +8,17 @@ fp16; every `log_interval` iterations the `runtime/*` keys join, and evaluations
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from neox import log
-from neox.atomic import write_text
 from neox.config import NeoXConfig
 from neox.parallel.groups import ProcessGroups
 from neox.train import console
+from neox.train.journal import Journal
 from neox.train.trackers import open_trackers
 
 
@@ -56,7 +54,10 @@ class RunLog:
             log.info("log_dir is not set: no metrics.jsonl is written")
         elif groups.rank == 0:
             path = Path(config.log_dir) / "metrics.jsonl"
-            self._trackers.add("metrics.jsonl", lambda: MetricsFile(path, iteration))
+            tokens = config.train_batch_size * config.seq_length
+            self._trackers.add(
+                "metrics.jsonl", lambda: Journal(path, iteration, tokens_per_iteration=tokens)
+            )
         self._bar = log.progress(
             total=config.train_iters, initial=iteration, desc="training", unit=" iterations"
         )
@@ -150,35 +151,6 @@ class RunLog:
         self._trackers.close(failed=kind is not None)
 
 
-class MetricsFile:
-    """metrics.jsonl: one JSON object per iteration, with `iteration` and the keys of W&B.
-
-    A line is on disk as soon as it is logged; what the same iteration logs later (its evaluation)
-    is put into that line. JSON has no NaN and no infinity: such a value is written as null.
-    """
-
-    def __init__(self, path: Path, iteration: int) -> None:
-        rows = _rows_up_to(path, iteration) if path.exists() else []
-        lines = [_json_line(row) for row in rows]
-        write_text(path, "".join(lines))
-        self._file = open(path, "r+b", buffering=0)  # noqa: SIM115  (closed by close)
-        self._row: dict[str, float | None] = rows[-1] if rows else {}
-        self._start = self._file.seek(0, os.SEEK_END) - (len(lines[-1]) if lines else 0)
-
-    def log(self, values: Mapping[str, float], step: int) -> None:
-        if self._row.get("iteration") != step:
-            self._start = self._file.seek(0, os.SEEK_END)
-            self._row = {"iteration": step}
-        for key, value in values.items():
-            self._row[key] = value if math.isfinite(value) else None
-        self._file.seek(self._start)
-        self._file.write(_json_line(self._row).encode())  # one call: a kill leaves whole lines
-        self._file.truncate()
-
-    def close(self, failed: bool = False) -> None:
-        self._file.close()
-
-
 def mean_losses(steps: Sequence[StepResult]) -> dict[str, float]:
     """`lm_loss` and further metrics, averaged over the steps that counted; NaN if none did."""
     counted = [{"lm_loss": step.loss, **step.metrics} for step in steps if not step.skipped]
@@ -198,25 +170,3 @@ def flops_per_iteration(config: NeoXConfig, padded_vocab_size: int) -> float:
     b, s = config.train_batch_size, config.seq_length
     n, h = config.num_layers, config.hidden_size
     return 24 * 3 * b * s * n * h**2 * (1 + s / (6 * h) + padded_vocab_size / (16 * n * h))
-
-
-def _rows_up_to(path: Path, iteration: int) -> list[dict[str, float | None]]:
-    """The rows of an earlier run that come no later than `iteration`."""
-    kept, dropped = [], 0
-    for line in path.read_bytes().splitlines():
-        try:
-            row = json.loads(line)
-            keep = row["iteration"] <= iteration
-        except (ValueError, KeyError, TypeError):  # the torn last line of a machine that went down
-            keep = False
-        if keep:
-            kept.append(row)
-        else:
-            dropped += 1
-    if dropped:
-        log.info(f"{path}: dropped {dropped} lines of an earlier run after iteration {iteration}")
-    return kept
-
-
-def _json_line(row: Mapping[str, float | None]) -> str:
-    return json.dumps(row, allow_nan=False) + "\n"

@@ -1,4 +1,4 @@
-"""Where metrics go besides the console: the only door to W&B and TensorBoard.
+"""Where metrics go besides the console: the only door to TensorBoard; W&B's is wandb_run.py.
 
 Tracking serves the run and may never end it: a tracker that cannot be opened, or fails later, is
 reported in one warning and left out.
@@ -6,14 +6,12 @@ reported in one warning and left out.
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from neox import log
 from neox.config import NeoXConfig
+from neox.train.wandb_run import WandbRun
 
 
 class Tracker(Protocol):
@@ -71,7 +69,7 @@ def open_trackers(config: NeoXConfig, rank: int, iteration: int | None = None) -
         if config.tensorboard_dir:
             trackers.add("TensorBoard", lambda: TensorBoardTracker(config, iteration))
         if config.use_wandb:
-            trackers.add("W&B", lambda: WandbTracker(config))
+            trackers.add("W&B", lambda: WandbRun(config, iteration))
     return trackers
 
 
@@ -92,60 +90,6 @@ class TensorBoardTracker:
 
     def close(self, failed: bool = False) -> None:
         self._writer.close()
-
-
-class WandbTracker:
-    """One W&B run: online with an API key, else offline (`wandb sync` uploads it later).
-
-    Project, group, name and entity are the configuration's, verbatim. W&B's own environment
-    variables (WANDB_MODE, WANDB_DIR, WANDB_API_KEY ...) keep their meaning. Files are kept in
-    `{log_dir}/wandb`, or `./wandb` without a log_dir.
-    """
-
-    def __init__(self, config: NeoXConfig) -> None:
-        os.environ.setdefault("WANDB_SILENT", "true")
-        os.environ.setdefault("WANDB_INIT_TIMEOUT", "30")  # seconds to wait for its server
-        if config.origin("wandb_host") != "default":
-            os.environ["WANDB_BASE_URL"] = config.wandb_host
-        import wandb
-
-        self._wandb = wandb
-        mode = os.environ.get("WANDB_MODE", "online")
-        if mode == "online" and not wandb.login(prompt=False, verify=False):
-            mode = "offline"
-            log.info("W&B has no API key here: the run is kept offline, `wandb sync` uploads it")
-
-        try:
-            self._run = self._start(config, mode)
-        except Exception as error:
-            if mode != "online":
-                raise
-            log.warning(f"W&B cannot be reached, the run is kept offline: {_first_line(error)}")
-            self._run = self._start(config, "offline")
-
-    def _start(self, config: NeoXConfig, mode: str) -> Any:
-        folder = Path(os.environ.get("WANDB_DIR") or config.log_dir or ".")
-        folder.mkdir(parents=True, exist_ok=True)
-        values = json.loads(config.encode())
-        del values["origins"]
-        return self._wandb.init(
-            project=config.wandb_project,
-            group=config.wandb_group,
-            name=config.wandb_run_name,
-            entity=config.wandb_team,
-            dir=folder,
-            config=values,
-            mode=mode,
-            # At most a second of metrics is lost with a killed process; the default is 15.
-            settings=self._wandb.Settings(x_transaction_log_flush_interval=1.0),
-        )
-
-    def log(self, values: Mapping[str, float], step: int) -> None:
-        self._run.log(dict(values), step=step)
-
-    def close(self, failed: bool = False) -> None:
-        self._run.finish(exit_code=int(failed))
-        self._wandb.teardown()  # waits until its service has written everything
 
 
 def _first_line(error: Exception) -> str:

@@ -27,7 +27,11 @@ def _rows(folder: Path) -> list[dict]:
         raise ValueError(f"{name} is not JSON")
 
     lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line, parse_constant=refuse) for line in lines]
+    rows = [json.loads(line, parse_constant=refuse) for line in lines]
+    for row in rows:
+        assert row.pop("time") > 1.7e9
+        assert row.pop("tokens") == row["iteration"] * 8 * 128
+    return rows
 
 
 def _train(config, iterations, **kwargs) -> None:

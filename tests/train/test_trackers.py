@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import struct
 import sys
 import types
 from collections.abc import Iterator
@@ -17,29 +16,7 @@ from wandb.proto import wandb_internal_pb2
 from neox.parallel.groups import ProcessGroups
 from neox.train.metrics import RunLog, StepResult
 from neox.train.trackers import Trackers, open_trackers
-
-RECORD_HEADER = struct.Struct("<IHB")  # checksum, length, kind
-BLOCK = 32768  # LevelDB's log format: no record crosses a block unless it is split
-FULL, LAST = 1, 4
-
-
-def read_wandb_file(path: Path) -> Iterator[wandb_internal_pb2.Record]:
-    """The records of an offline run's `.wandb` file."""
-    data = path.read_bytes()
-    position, pending = 7, b""  # after the file's own header
-    while position + RECORD_HEADER.size <= len(data):
-        if BLOCK - position % BLOCK < RECORD_HEADER.size:  # padding
-            position += BLOCK - position % BLOCK
-            continue
-        _, length, kind = RECORD_HEADER.unpack_from(data, position)
-        position += RECORD_HEADER.size
-        pending += data[position : position + length]
-        position += length
-        if kind in (FULL, LAST):
-            record = wandb_internal_pb2.Record()
-            record.ParseFromString(pending)
-            pending = b""
-            yield record
+from tests.wandb_file import history_of, read_wandb_file
 
 
 @pytest.fixture
@@ -76,17 +53,6 @@ def _offline_run(folder: Path) -> list[wandb_internal_pb2.Record]:
     return list(read_wandb_file(path))
 
 
-def _history(records: list[wandb_internal_pb2.Record]) -> dict[int, dict[str, float]]:
-    rows = [record.history for record in records if record.HasField("history")]
-    return {
-        row.step.num: {
-            item.nested_key[0] if item.nested_key else item.key: json.loads(item.value_json)
-            for item in row.item
-        }
-        for row in rows
-    }
-
-
 def test_wandb_keeps_an_offline_run_without_an_account(
     no_wandb_account, wandb_config, tmp_path, capfd
 ):
@@ -101,7 +67,7 @@ def test_wandb_keeps_an_offline_run_without_an_account(
     assert printed.err == ""
 
     records = _offline_run(tmp_path / "logs")
-    history = _history(records)
+    history = history_of(records)
     assert history.keys() == {1, 2}
     assert history[1]["train/lm_loss"] == 7.0
     assert history[1]["train/learning_rate"] == 1e-3
@@ -129,12 +95,9 @@ def test_wandb_and_metrics_jsonl_hold_the_same_rows(no_wandb_account, make_confi
         run.evaluation("test", 4, {"lm_loss": 6.0, "lm_loss_ppl": math.exp(6.0)})
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     rows = {row.pop("iteration"): row for row in map(json.loads, lines)}
-    own = {"_step", "_timestamp", "_runtime"}  # W&B's
-    history = {
-        step: {key: value for key, value in row.items() if key not in own}
-        for step, row in _history(_offline_run(tmp_path)).items()
-    }
-    assert history == rows
+    for row in rows.values():
+        del row["time"], row["tokens"]
+    assert history_of(_offline_run(tmp_path)) == rows
     assert list(rows) == [1, 2, 3, 4]
 
 
@@ -154,7 +117,7 @@ def test_wandb_goes_offline_when_its_server_does_not_answer(
     with open_trackers(config, rank=0) as trackers:
         trackers.log({"train/lm_loss": 7.0}, step=1)
     assert "W&B cannot be reached, the run is kept offline" in capfd.readouterr().err
-    assert _history(_offline_run(tmp_path))[1]["train/lm_loss"] == 7.0
+    assert history_of(_offline_run(tmp_path))[1]["train/lm_loss"] == 7.0
 
 
 def test_wandb_mode_of_the_environment_is_kept(
@@ -164,7 +127,7 @@ def test_wandb_mode_of_the_environment_is_kept(
     with open_trackers(wandb_config, rank=0) as trackers:
         trackers.log({"train/lm_loss": 7.0}, step=1)
     assert capfd.readouterr() == ("", "")
-    assert _history(_offline_run(tmp_path / "logs"))[1]["train/lm_loss"] == 7.0
+    assert history_of(_offline_run(tmp_path / "logs"))[1]["train/lm_loss"] == 7.0
 
 
 def test_other_ranks_track_nothing(wandb_config, tmp_path):

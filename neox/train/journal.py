@@ -1,0 +1,92 @@
+"""metrics.jsonl: what a run measured, one line for each iteration, rewound when it is resumed."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from neox import log
+from neox.atomic import write_text
+
+Row = dict[str, float | None]
+
+
+class Journal:
+    """One JSON object per iteration: `iteration`, `time` (of its end, seconds since 1970), values.
+
+    With `tokens_per_iteration` also `tokens`, the number of tokens trained on so far. A line is on
+    disk as soon as it is logged; what the same iteration logs later (its evaluation) is put into
+    that line. JSON has no NaN and no infinity: such a value is written as null.
+
+    `iteration` is the one that training starts from: later lines are of steps that will be done
+    again, and are dropped. At 0 the earlier file is kept beside the new one, unless that `replaces`
+    it: what is there may be another run's.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        iteration: int,
+        *,
+        tokens_per_iteration: int | None = None,
+        replaces: bool = False,
+    ) -> None:
+        if iteration == 0 and not replaces and path.exists() and path.stat().st_size:
+            aside = _free_name(path)
+            path.rename(aside)
+            log.info(f"{path} of an earlier run is kept as {aside.name}")
+        self.rows = _rows_up_to(path, iteration) if path.exists() else []
+        lines = [_json_line(row) for row in self.rows]
+        write_text(path, "".join(lines))
+        self._tokens_per_iteration = tokens_per_iteration
+        self._file = open(path, "r+b", buffering=0)  # noqa: SIM115  (closed by close)
+        self._row: Row = dict(self.rows[-1]) if self.rows else {}
+        self._start = self._file.seek(0, os.SEEK_END) - (len(lines[-1]) if lines else 0)
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        if self._row.get("iteration") != step:
+            self._start = self._file.seek(0, os.SEEK_END)
+            self._row = {"iteration": step, "time": round(time.time(), 3)}
+            if self._tokens_per_iteration is not None:
+                self._row["tokens"] = step * self._tokens_per_iteration
+        for key, value in values.items():
+            self._row[key] = value if math.isfinite(value) else None
+        self._file.seek(self._start)
+        self._file.write(_json_line(self._row).encode())  # one call: a kill leaves whole lines
+        self._file.truncate()
+
+    def close(self, failed: bool = False) -> None:
+        self._file.close()
+
+
+def _free_name(path: Path) -> Path:
+    number = 1
+    while (name := path.with_name(f"{path.stem}-{number}{path.suffix}")).exists():
+        number += 1
+    return name
+
+
+def _rows_up_to(path: Path, iteration: int) -> list[Row]:
+    """The rows of an earlier run that come no later than `iteration`."""
+    kept, dropped = [], 0
+    for line in path.read_bytes().splitlines():
+        try:
+            row = json.loads(line)
+            keep = row["iteration"] <= iteration
+        except (ValueError, KeyError, TypeError):  # the torn last line of a machine that went down
+            keep = False
+        if keep:
+            kept.append(row)
+        else:
+            dropped += 1
+    if dropped:
+        log.info(f"{path}: dropped {dropped} lines of an earlier run after iteration {iteration}")
+    return kept
+
+
+def _json_line(row: Row) -> str:
+    return json.dumps(row, allow_nan=False) + "\n"
