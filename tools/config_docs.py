@@ -12,9 +12,9 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
 from neox.atomic import write_text  # noqa: E402
-from neox.config.blocks import OPTIMIZER_PARAMS  # noqa: E402
 from neox.config.config import SECTIONS  # noqa: E402
 from neox.config.fields import Key, keys_of  # noqa: E402
+from neox.config.optimizer_params import OPTIMIZER_PARAMS  # noqa: E402
 from neox.config.values import describe_type, listed, plain  # noqa: E402
 
 PAGE = REPOSITORY / "docs" / "configuration.md"
@@ -65,8 +65,9 @@ def _blocks(owner: type, prefix: str) -> Iterator[tuple[str, type]]:
         yield prefix + name, spec.block
         yield from _blocks(spec.block, f"{prefix}{name}.")
         if prefix + name == "optimizer":
-            for kind, params in OPTIMIZER_PARAMS.items():
-                yield f"optimizer.params of {kind}", params
+            for params in dict.fromkeys(OPTIMIZER_PARAMS.values()):
+                kinds = [kind for kind, its in OPTIMIZER_PARAMS.items() if its is params]
+                yield f"optimizer.params of {listed(kinds, 'and')}", params
 
 
 def _table(owner: type) -> str:

@@ -187,16 +187,6 @@ def _one_host_filter(config: NeoXConfig) -> Findings:
         )
 
 
-@CHECKS.reading("lr", "min_lr", "optimizer")
-def _floor_below_peak(config: NeoXConfig) -> Findings:
-    if config.origin("lr") != "default" and config.min_lr > config.lr:
-        yield (
-            "min_lr",
-            f"min_lr is {config.min_lr:g}, but it is above the peak, optimizer.params.lr "
-            f"({config.lr:g}). Use {config.lr / 10:g}, a tenth of the peak, or anything below it.",
-        )
-
-
 @CHECKS.reading("split")
 def _split_has_shares(config: NeoXConfig) -> Findings:
     try:
@@ -253,6 +243,57 @@ def _weights_match_paths(config: NeoXConfig) -> Findings:
             )
         elif not all(0 <= weight < math.inf for weight in weights) or sum(weights) == 0:
             yield name, f"{name} is {show(weights)}, but weights are 0 or more, and not all 0."
+
+
+@CHECKS.reading(
+    *("train_data_paths", "valid_data_paths", "test_data_paths"),
+    *("train_label_data_paths", "valid_label_data_paths", "test_label_data_paths"),
+)
+def _labels_match_paths(config: NeoXConfig) -> Findings:
+    for split in ("train", "valid", "test"):
+        name = f"{split}_label_data_paths"
+        labels, paths = getattr(config, name), getattr(config, f"{split}_data_paths")
+        if labels and not paths:
+            yield (
+                name,
+                f"{name} is given, but {split}_data_paths is missing. Labels go with datasets of "
+                "their own: name both, in the same order.",
+            )
+        elif labels and len(labels) != len(paths):
+            yield (
+                name,
+                f"{name} holds {len(labels)} path{'s' * (len(labels) != 1)}, but "
+                f"{split}_data_paths holds {len(paths)}. Give one for each, in the same order.",
+            )
+
+
+@CHECKS.reading("train_iters", "train_epochs")
+def _one_way_to_end(config: NeoXConfig) -> Findings:
+    if config.train_iters is not None and config.train_epochs is not None:
+        yield (
+            "train_epochs",
+            f"train_epochs is {config.train_epochs}, but train_iters ({config.train_iters}) says "
+            "as well how long to train. Keep one of them.",
+        )
+
+
+@CHECKS.reading("train_epochs", "train_data_weights", "weight_by_num_documents")
+def _epochs_are_of_whole_datasets(config: NeoXConfig) -> Findings:
+    if config.train_epochs is None:
+        return
+    weights = config.train_data_weights or []
+    if config.weight_by_num_documents:
+        name = "weight_by_num_documents"
+    elif any(weight != 1 for weight in weights):
+        name = "train_data_weights"
+    else:
+        return
+    yield (
+        "train_epochs",
+        f"train_epochs is {config.train_epochs}, which reads every document as often, but {name} "
+        f"({show(getattr(config, name))}) reads some datasets more often than others. Drop one of "
+        "them.",
+    )
 
 
 @CHECKS.reading("checkpoint_factor", "checkpoint_scale")

@@ -13,38 +13,18 @@ from neox.config.fields import ignored, key, refused
 
 DType = Literal["fp32", "fp16", "bf16"]
 _OFFLOAD = "Use offload_optimizer: {{device: cpu}}{}"
-_CLIENT = "the optimizer is torch's AdamW"
-
-
-class AdamParams:
-    """optimizer.params of Adam. The arithmetic is AdamW's: decoupled weight decay."""
-
-    lr: float = key(None, "Peak learning rate.", above=0)
-    betas: list[float] = key(None, "Decay of the two moments: [0.9, 0.999].")
-    eps: float = key(1e-8, "Added to the root of the second moment.", low=0)
-    adam_w_mode: bool = refused(True, "Decoupled weight decay.", "weight decay is decoupled")
-    bias_correction: bool = refused(True, "Correct the first steps.", _CLIENT)
-    amsgrad: bool = refused(False, "AMSGrad.", _CLIENT)
-    torch_adam: bool = ignored(False, "Use torch's Adam.", "torch's is always used")
-    fused: bool = ignored(False, "Use a fused kernel.", "torch's fused kernel is always used")
-
-
-class SGDParams:
-    """optimizer.params of SGD."""
-
-    lr: float = key(None, "Peak learning rate.", above=0)
-    momentum: float = key(0.0, "Momentum.", low=0, high=1)
-
-
-OPTIMIZER_PARAMS = {"adam": AdamParams, "sgd": SGDParams}
 
 
 class Optimizer:
     """optimizer"""
 
-    type: str = key("Adam", "Adam or AdamW (the same), or SGD.")
+    type: str = key(
+        "Adam", "Adam or AdamW (the same), SGD, Lion, cpu_adam, cpu_torch_adam or madgrad_wd."
+    )
     params: dict[str, Any] = key(None, "Its parameters; lr is the peak learning rate.")
-    legacy_fusion: bool = ignored(False, "Fused state of old optimizers.", _CLIENT)
+    legacy_fusion: bool = ignored(
+        False, "Fused state of old optimizers.", "DeepSpeed does not build the optimizer"
+    )
 
 
 class FP16:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from neox.config.accept import accept_block
 from neox.config.arithmetic import multiples_around
 from neox.config.batch import implied_replicas, settle_batch
-from neox.config.blocks import OPTIMIZER_PARAMS
 from neox.config.config import NeoXConfig
 from neox.config.draft import Draft
 from neox.config.grid import advise_grid
-from neox.config.values import listed, show
+from neox.config.optimizer_params import OPTIMIZER_PARAMS, REFUSED
+from neox.config.values import listed, nearest, show
 
-_OPTIMIZERS = {"adam": "adam", "adamw": "adam", "sgd": "sgd"}
+_OPTIMIZERS = {"adamw": "adam"} | {kind: kind for kind in OPTIMIZER_PARAMS}
 
 
 def settle_precision(draft: Draft) -> None:
@@ -77,10 +77,7 @@ def _optimizer_type(draft: Draft, named: str | None) -> str | None:
         return other or "adam"
     kind = _OPTIMIZERS.get(named.lower())
     if kind is None:
-        draft.problem(
-            "optimizer.type",
-            f"optimizer.type is {show(named)}, which is not supported. Use Adam or SGD.",
-        )
+        draft.problem("optimizer.type", f"optimizer.type is {show(named)}, {_advise(named)}")
     elif other not in (None, kind):
         draft.problem(
             "optimizer_type",
@@ -91,6 +88,14 @@ def _optimizer_type(draft: Draft, named: str | None) -> str | None:
         draft.settle("optimizer_type", kind)
         return kind
     return None
+
+
+def _advise(named: str) -> str:
+    if named.lower() in REFUSED:
+        return f"which is refused: {REFUSED[named.lower()]}."
+    near = nearest(named, _OPTIMIZERS)
+    advice = f"Did you mean {near}?" if near else f"Use {listed(_OPTIMIZERS)}."
+    return f"which is not an optimizer. {advice}"
 
 
 def _check_betas(draft: Draft, betas: list[float] | None) -> None:

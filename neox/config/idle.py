@@ -9,6 +9,8 @@ from neox.config.fields import keys_of
 from neox.config.values import show
 
 _ROTARY = "only pos_emb: rotary reads it"
+_PROFILE = "only profile: true reads it"
+_COUNTED = "weight_by_num_documents sets the weights"
 
 # key: when nothing reads it, and why.
 _IDLE: dict[str, tuple[Callable[[NeoXConfig], bool], str]] = {
@@ -26,10 +28,32 @@ _IDLE: dict[str, tuple[Callable[[NeoXConfig], bool], str]] = {
         lambda c: not c.prescale_gradients,
         "only prescale_gradients: true reads it",
     ),
+    "sequence_parallel": (
+        lambda c: c.model_parallel_size == 1,
+        "only model_parallel_size above 1 reads it",
+    ),
     "lr_decay_fraction": (
         lambda c: c.lr_decay_iters is not None,
         "lr_decay_iters says where the decay ends",
     ),
+    "wsd_decay_ratio": (lambda c: c.lr_decay_style != "wsd", "only lr_decay_style: wsd reads it"),
+    "wsd_decay_style": (lambda c: c.lr_decay_style != "wsd", "only lr_decay_style: wsd reads it"),
+    "weight_by_num_documents": (
+        lambda c: not c.train_data_paths,
+        "only train_data_paths and the like are weighted",
+    ),
+    "weighted_sampler_alpha": (
+        lambda c: not c.weight_by_num_documents,
+        "only weight_by_num_documents: true reads it",
+    ),
+    "train_data_weights": (lambda c: c.weight_by_num_documents, _COUNTED),
+    "valid_data_weights": (lambda c: c.weight_by_num_documents, _COUNTED),
+    "test_data_weights": (lambda c: c.weight_by_num_documents, _COUNTED),
+    "allow_chopped": (lambda c: c.pack_impl == "packed", "pack_impl: packed always cuts documents"),
+    "profile_step_start": (lambda c: not c.profile, _PROFILE),
+    "profile_step_stop": (lambda c: not c.profile, _PROFILE),
+    "memory_profiling": (lambda c: not c.profile, _PROFILE),
+    "memory_profiling_path": (lambda c: not c.memory_profiling, "only memory_profiling reads it"),
     "split": (lambda c: bool(c.train_data_paths), "only data_path is split"),
 }
 

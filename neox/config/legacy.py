@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from neox.config.blocks import OPTIMIZER_PARAMS
 from neox.config.fields import keys_of
+from neox.config.optimizer_params import OPTIMIZER_PARAMS
 from neox.config.values import listed, nearest
 
 # Names that existed once in GPT-NeoX or Megatron, or that forks added.

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from neox.config.blocks import Optimizer
-from neox.config.fields import derived, ignored, key, refused
+from neox.config.fields import derived, ignored, key, keys_of
+from neox.config.optimizer_params import BETAS, OPTIMIZER_PARAMS, REFUSED
 
 _SAY_ZERO = "zero_optimization.{} is the key that acts"
 
@@ -23,15 +24,14 @@ class OptimizerConfig:
     ] = key(
         "adam",
         "The optimizer by name; optimizer.type says the same and is the usual place.",
-        refused=dict.fromkeys(
-            ("onebitadam", "cpu_adam", "cpu_torch_adam", "sm3", "madgrad_wd", "lion"),
-            "it is not supported. Use Adam or SGD",
-        ),
+        refused=REFUSED,
     )
-    use_bnb_optimizer: bool = refused(
-        False, "Adam with 8-bit state.", "8-bit Adam is not supported"
+    use_bnb_optimizer: bool = key(
+        False, "Adam with 8-bit state, from bitsandbytes: 2 bytes for each weight instead of 8."
     )
-    weight_decay: float = key(0.1, "Decoupled decay of all weights of two or more axes.", low=0)
+    weight_decay: float = key(
+        0.1, "Decay of all weights of two or more axes, decoupled but for SGD.", low=0
+    )
     gradient_clipping: float = key(
         1.0, "Largest norm of the whole gradient; 0 does not clip.", low=0
     )
@@ -52,9 +52,17 @@ class OptimizerConfig:
 
     @property
     def optimizer_params(self) -> dict[str, Any]:
-        """The optimizer's settings, defaults filled in: lr with betas and eps, or momentum."""
+        """The optimizer's settings that act, lr among them, defaults filled in."""
+        block = OPTIMIZER_PARAMS[self.optimizer_type]
         given = (self.optimizer or {}).get("params") or {}
-        defaults: dict[str, Any] = {"momentum": 0.0}
-        if self.optimizer_type == "adam":
-            defaults = {"betas": [0.9, 0.999], "eps": 1e-8}
-        return {"lr": self.lr} | {name: given.get(name, defaults[name]) for name in defaults}
+        params: dict[str, Any] = {"lr": self.lr}
+        for name, spec in keys_of(block).items():
+            if spec.status == "acts" and name != "lr":
+                default = BETAS[block] if name == "betas" else spec.default
+                params[name] = default if given.get(name) is None else given[name]
+        return params
+
+    @property
+    def optimizer_state(self) -> str:
+        """What the optimizer's state is that of: optimizers of one name go on from each other's."""
+        return "adam" if self.optimizer_type.endswith("adam") else self.optimizer_type

@@ -36,6 +36,7 @@ from neox.checkpoint.directory import UNFINISHED, FailedError, on_every_rank
 from neox.checkpoint.files import save_file
 from neox.checkpoint.sources import model_file
 from neox.engine.checkpoint_engine import KNOWN_CLASSES
+from neox.engine.eight_bit import is_eight_bit, quantize
 from neox.engine.saved_state import SavedState, parameter_name
 from neox.errors import CheckpointError
 from neox.model.gpt import Layer
@@ -152,7 +153,10 @@ def load_universal(inner: Any, folder: Path) -> dict[str, Any]:
             _, state = inner.load_checkpoint(str(folder.parent), tag=folder.name)
     finally:
         inner._config.load_universal_checkpoint = False
-    for parameter, values in inner.optimizer.optimizer.state.items():
-        if "step" in values:  # it is on the CPU and in the file, and fused Adam wants it elsewhere
+    base = inner.optimizer.optimizer
+    for parameter, values in list(base.state.items()):
+        if is_eight_bit(base):
+            quantize(base, parameter)
+        elif "step" in values:  # on the CPU and in the file, and fused Adam wants it elsewhere
             values["step"] = values["step"].to(parameter.device, copy=True)
     return state

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from neox.config import NeoXConfig
+from neox.engine.eight_bit import build_adam8bit
+from neox.engine.lion import Lion
+from neox.engine.madgrad import MadgradWD
+from neox.errors import ConfigError
 
 
 def parameter_groups(
@@ -28,20 +34,44 @@ def parameter_groups(
     return [group for group in groups if group["params"]]
 
 
-def build_optimizer(
-    config: NeoXConfig, parameters: Iterable[nn.Parameter]
-) -> torch.optim.Optimizer:
+def build_optimizer(config: NeoXConfig, parameters: Iterable[nn.Parameter]) -> Optimizer:
     """`optimizer.type` Adam is AdamW, as DeepSpeed's FusedAdam with adam_w_mode makes it upstream.
 
-    The learning rate is set before every step; the one given here is never used.
+    The learning rate is set before every step; the one given here is never used. Raises ConfigError
+    for what the parameters' device cannot do.
     """
     groups = parameter_groups(parameters, config.weight_decay)
-    params = config.optimizer_params
-    kind = config.optimizer_type
+    settings, kind = dict(config.optimizer_params), config.optimizer_type
+    if "betas" in settings:
+        settings["betas"] = tuple(settings["betas"])
     if kind == "sgd":
-        return torch.optim.SGD(groups, lr=params["lr"], momentum=params.get("momentum", 0.0))
-    assert kind == "adam", f"optimizer {kind} passed the configuration's check"
-    beta1, beta2 = params["betas"]
-    return torch.optim.AdamW(
-        groups, lr=params["lr"], betas=(beta1, beta2), eps=params["eps"], fused=True
-    )
+        return torch.optim.SGD(groups, fused=True, **settings)
+    if kind == "lion":
+        return Lion(groups, **settings)
+    if kind == "madgrad_wd":
+        return MadgradWD(groups, **settings)
+    decoupled = settings.pop("adam_w_mode")
+    if config.use_bnb_optimizer:
+        return build_adam8bit(groups, **settings)
+    on_cuda = any(parameter.is_cuda for group in groups for parameter in _params(group))
+    if kind.startswith("cpu_") and on_cuda and not _offloads(config):
+        raise ConfigError(
+            f"optimizer.type is {kind}, whose state is in the CPU's memory, but nothing puts it "
+            "there. Set zero_optimization: {stage: 1, offload_optimizer: {device: cpu}}."
+        )
+    if kind == "cpu_adam" and on_cuda:
+        from deepspeed.ops.adam import DeepSpeedCPUAdam  # compiled on first use, for minutes
+
+        return DeepSpeedCPUAdam(groups, adamw_mode=decoupled, **settings)
+    kinds = {True: torch.optim.AdamW, False: torch.optim.Adam}
+    return kinds[decoupled](groups, fused=True, **settings)
+
+
+def _params(group: dict[str, Any]) -> list[nn.Parameter]:
+    params: list[nn.Parameter] = group["params"]
+    return params
+
+
+def _offloads(config: NeoXConfig) -> bool:
+    block = (config.zero_optimization or {}).get("offload_optimizer") or {}
+    return block.get("device", "none") != "none"

@@ -24,6 +24,7 @@ from torch import Tensor
 from neox.checkpoint.optimizer_files import OptimizerFiles
 from neox.checkpoint.sources import load_model_file, model_file
 from neox.engine.checkpoint_engine import load_deepspeed_file
+from neox.engine.eight_bit import Quantized, moments
 from neox.errors import CheckpointError
 from neox.model.gpt import Layer
 from neox.model.layout import ParamLayout, Split
@@ -70,13 +71,16 @@ class SavedState(Protocol):
 class _Fragment:
     """A parameter's piece in one replica's vectors."""
 
-    vectors: dict[str, Tensor]
+    vectors: dict[str, Tensor | Quantized]
     step: float | None
     start: int
     size: int
 
     def cut(self, kind: str) -> Tensor:
-        return self.vectors[kind].narrow(0, self.start, self.size)
+        vector = self.vectors[kind]
+        if isinstance(vector, Quantized):
+            return vector.cut(self.start, self.size)
+        return vector.narrow(0, self.start, self.size)
 
 
 class ZeroState:
@@ -137,7 +141,7 @@ def _read(path: Path) -> tuple[dict[str, Any], list[tuple[str, _Fragment]]]:
         saved = state[BASE_OPTIMIZER_STATE]["state"]
         masters = state[SINGLE_PARTITION_OF_FP32_GROUPS]
         for group, mapping in enumerate(state[PARAM_SLICE_MAPPINGS]):
-            values = {"fp32": masters[group].detach(), **saved.get(group, {})}
+            values = {"fp32": masters[group].detach(), **moments(saved.get(group, {}))}
             step = values.pop("step", None)
             step = None if step is None else float(step)
             vectors = {kind: value for kind, value in values.items() if value is not None}
@@ -156,4 +160,4 @@ def _read(path: Path) -> tuple[dict[str, Any], list[tuple[str, _Fragment]]]:
 
 def _reaches(value: Any, end: int) -> bool:
     """Whether it has a value of its own for each of a group's elements up to `end`."""
-    return isinstance(value, Tensor) and value.dim() == 1 and value.numel() >= end
+    return isinstance(value, Tensor | Quantized) and len(value.shape) == 1 and value.shape[0] >= end

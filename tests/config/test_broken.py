@@ -60,7 +60,8 @@ CASES = [
     Case(
         "a parameter of another optimizer",
         "optimizer:\n  type: SGD\n  params:\n    lr: 1.0e-3\n    eps: 1.0e-8",
-        "a.yml:5: optimizer.params.eps is not a key of optimizer.params. It takes lr and momentum.",
+        "a.yml:5: optimizer.params.eps is not a key of optimizer.params. It takes lr, momentum and "
+        "nesterov.",
     ),
     Case(
         "a typo that DeepSpeed would swallow",
@@ -204,8 +205,8 @@ CASES = [
     Case(
         "no such choice",
         "lr_decay_style: cosin",
-        'a.yml:1: lr_decay_style is "cosin", but it must be one of constant, linear, cosine or '
-        "exponential. Did you mean cosine?",
+        'a.yml:1: lr_decay_style is "cosin", but it must be one of constant, linear, cosine, '
+        "exponential or wsd. Did you mean cosine?",
     ),
     Case(
         "another name of a choice",
@@ -280,8 +281,57 @@ CASES = [
     ),
     Case(
         "an optimizer that is not there",
-        "optimizer: {type: Lion, params: {lr: 1.0e-4}}",
-        'a.yml:1: optimizer.type is "Lion", which is not supported. Use Adam or SGD.',
+        "optimizer: {type: Adagrad, params: {lr: 1.0e-4}}",
+        'a.yml:1: optimizer.type is "Adagrad", which is not an optimizer. Use adamw, adam, '
+        "cpu_adam, cpu_torch_adam, sgd, lion or madgrad_wd.",
+    ),
+    Case(
+        "an optimizer with a typo",
+        "optimizer: {type: Loin, params: {lr: 1.0e-4}}",
+        'a.yml:1: optimizer.type is "Loin", which is not an optimizer. Did you mean lion?',
+    ),
+    Case(
+        "an optimizer that needs CUDA's collectives",
+        "optimizer: {type: OneBitAdam, params: {lr: 1.0e-4}}",
+        'a.yml:1: optimizer.type is "OneBitAdam", which is refused: it compresses what NCCL '
+        "sends, on CUDA only, and knows no ZeRO. Use Adam.",
+    ),
+    Case(
+        "an optimizer whose steps would depend on the grid",
+        "optimizer: {type: SM3, params: {lr: 1.0e-4}}",
+        'a.yml:1: optimizer.type is "SM3", which is refused: it keeps a number for each row and '
+        "column of a matrix, and its steps would depend on how ZeRO and tensor parallelism cut "
+        "the matrices. Use Adam with use_bnb_optimizer: true, which needs little memory too.",
+    ),
+    Case(
+        "8-bit state for an optimizer without",
+        "use_bnb_optimizer: true\noptimizer: {type: Lion, params: {lr: 1.0e-4}}",
+        "a.yml:1: use_bnb_optimizer is true, but the optimizer is lion, and only adam has 8-bit "
+        "state. Drop one of them.",
+    ),
+    Case(
+        "8-bit state for an Adam without decoupled decay",
+        "use_bnb_optimizer: true\noptimizer: {params: {lr: 1.0e-4, adam_w_mode: false}}",
+        "a.yml:2: optimizer.params.adam_w_mode is false, but use_bnb_optimizer is true, and "
+        "bitsandbytes' Adam decays the weights themselves. Drop one of them.",
+    ),
+    Case(
+        "Nesterov's momentum without momentum",
+        "optimizer: {type: SGD, params: {lr: 0.1, nesterov: true}}",
+        "a.yml:1: optimizer.params.nesterov is true, but optimizer.params.momentum is 0. Give a "
+        "momentum, such as 0.9.",
+    ),
+    Case(
+        "two schedules to resume with",
+        "override_lr_scheduler: true\nuse_checkpoint_lr_scheduler: true",
+        "a.yml:2: use_checkpoint_lr_scheduler is true, which takes the checkpoint's schedule, but "
+        "override_lr_scheduler is true, which takes this one. Keep one of them.",
+    ),
+    Case(
+        "a warm-up that leaves no room for the decay",
+        "lr_decay_style: WSD\nwarmup: 0.5\nwsd_decay_ratio: 0.6",
+        "a.yml:3: wsd_decay_ratio is 0.6, but warmup is 0.5: together they take more than all "
+        "iterations. Lower one of them.",
     ),
     Case(
         "a layer kind that is not there",

@@ -30,5 +30,5 @@ def test_the_page_names_every_key() -> None:
     page = load_tool().page()
     for name in keys_of(NeoXConfig):
         assert f"| `{name}` |" in page, name
-    assert "### optimizer.params of adam" in page
+    assert "### optimizer.params of adam, cpu_adam and cpu_torch_adam" in page
     assert "### zero_optimization.offload_optimizer" in page

@@ -237,10 +237,10 @@ FROZEN = {
         log_dir                                   acts     null
         tensorboard_dir                           acts     null
         peak_theoretical_tflops                   acts     null
-        log_param_norm                            ignored  false
-        log_grad_norm                             ignored  false
-        log_grad_pct_zeros                        ignored  false
-        log_optimizer_states                      ignored  false
+        log_param_norm                            acts     false
+        log_grad_norm                             acts     false
+        log_grad_pct_zeros                        acts     false
+        log_optimizer_states                      acts     false
         log_gradient_noise_scale                  ignored  false
         gradient_noise_scale_n_batches            ignored  5
         gradient_noise_scale_cpu_offload          ignored  false
@@ -259,11 +259,11 @@ FROZEN = {
         comet_tags                                ignored  null
         comet_others                              ignored  null
         comet_experiment                          derived  null
-        profile                                   ignored  false
-        profile_step_start                        ignored  10
-        profile_step_stop                         ignored  12
-        memory_profiling                          ignored  false
-        memory_profiling_path                     ignored  null
+        profile                                   acts     false
+        profile_step_start                        acts     10
+        profile_step_stop                         acts     12
+        memory_profiling                          acts     false
+        memory_profiling_path                     acts     null
     """,
     "TextGenConfig": r"""
         text_gen_type                             acts     "unconditional"
@@ -309,7 +309,7 @@ FROZEN = {
         deepspeed_extra_args                      acts     null
         deepspeed                                 derived  true
         steps_per_print                           ignored  10
-        wall_clock_breakdown                      ignored  false
+        wall_clock_breakdown                      acts     false
         dump_state                                ignored  false
         comms_logger                              ignored  null
         sparse_gradients                          ignored  false
@@ -363,7 +363,10 @@ FROZEN = {
         deepscale_config                          ignored  null
     """,
 }
-OURS = {"eval_data_dir", "num_fewshot", "limit"}  # the others are upstream's
+OURS = {  # the others are upstream's
+    *("eval_data_dir", "num_fewshot", "limit"),
+    *("wsd_decay_ratio", "wsd_decay_style"),
+}
 
 
 def table(section: str) -> dict[str, tuple[str, str]]:

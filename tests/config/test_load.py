@@ -136,7 +136,8 @@ def test_origins(run_folder: Path) -> None:
     assert config.origin("train_batch_size") == "derived"
     assert config.origin("gradient_clipping") == "default"
     assert config.lr == 6e-4
-    assert config.optimizer_params == {"lr": 6e-4, "betas": [0.9, 0.95], "eps": 1e-8}
+    adam = {"lr": 6e-4, "betas": [0.9, 0.95], "eps": 1e-8, "adam_w_mode": True}
+    assert config.optimizer_params == adam
     assert config.dtype == "float16"
 
 
@@ -146,7 +147,7 @@ def test_a_block_set_whole_forgets_the_lines_of_the_old_one(run_folder: Path) ->
     config = load_config([Path("a.yml")], {"optimizer": optimizer})
     assert config.origin("optimizer.params.betas") == "default"
     assert config.origin("lr") == "--set"
-    assert config.optimizer_params == {"lr": 0.1, "momentum": 0.0}
+    assert config.optimizer_params == {"lr": 0.1, "momentum": 0.0, "nesterov": False}
 
 
 def test_a_path_through_a_value_is_refused(run_folder: Path) -> None:

@@ -52,7 +52,10 @@ def test_every_key_is_known(shared: Path) -> None:
     theirs = set(upstream_keys(shared))
     assert len(theirs) == 318
     assert theirs <= known
-    assert known - theirs == {"eval_data_dir", "num_fewshot", "limit"}
+    assert known - theirs == {
+        *("eval_data_dir", "num_fewshot", "limit"),
+        *("wsd_decay_ratio", "wsd_decay_style"),
+    }
 
 
 def test_defaults_are_upstreams(shared: Path) -> None:
@@ -118,9 +121,6 @@ OUTCOMES = {
     "20B.yml": ALONE,
     "125M-dmoe.yml": Outcome(
         problems=("moe_num_experts is 8, which is refused: mixture-of-experts layers are not",)
-    ),
-    "bnb_125M.yml": Outcome(
-        problems=("use_bnb_optimizer is true, which is refused: 8-bit Adam is not supported",)
     ),
     "cpu_mock_config.yml": Outcome(partners=("125M.yml", "local_setup.yml")),
     # Not with a Pythia: both name the tokenizer, one of them with a hyphen.
