@@ -8,7 +8,6 @@ from typing import Any
 from neox.config.fields import derived, ignored, key
 
 COMET = "Comet is not supported. use_wandb and tensorboard_dir are"
-PROFILER = "the profiler is not wired in. Run the job under torch.profiler or nsys instead"
 NOISE = "the gradient noise scale is not measured (upstream fails on it)"
 
 
@@ -22,18 +21,12 @@ class LoggingConfig:
     peak_theoretical_tflops: float | None = key(
         None, "Peak TFLOP/s of one device; with it, utilisation is logged.", above=0
     )
-    log_param_norm: bool = ignored(False, "Log every parameter's norm.", "it is not measured")
-    log_grad_norm: bool = ignored(
-        False,
-        "Log every gradient's norm.",
-        "the norm of the whole gradient is always logged, and no other",
+    log_param_norm: bool = key(False, "Log every parameter's norm, every iteration.")
+    log_grad_norm: bool = key(
+        False, "Log every gradient's norm; that of the whole gradient is always logged."
     )
-    log_grad_pct_zeros: bool = ignored(
-        False, "Log each gradient's share of zeros.", "it is not measured"
-    )
-    log_optimizer_states: bool = ignored(
-        False, "Log norms of the optimizer's state.", "it is not measured"
-    )
+    log_grad_pct_zeros: bool = key(False, "Log each gradient's share of zeros, in percent.")
+    log_optimizer_states: bool = key(False, "Log norms of the optimizer's state.")
     log_gradient_noise_scale: bool = ignored(False, "Log the gradient noise scale.", NOISE)
     gradient_noise_scale_n_batches: int = ignored(5, "Batches to average it over.", NOISE)
     gradient_noise_scale_cpu_offload: bool = ignored(False, "Keep its buffers on the CPU.", NOISE)
@@ -59,8 +52,14 @@ class LoggingConfig:
     comet_others: dict[str, Any] | None = ignored(None, "Comet's other values.", COMET)
     comet_experiment: Any = derived(None, "Comet's running experiment.", COMET)
 
-    profile: bool = ignored(False, "Profile some iterations.", PROFILER)
-    profile_step_start: int = ignored(10, "First iteration to profile.", PROFILER)
-    profile_step_stop: int = ignored(12, "Iteration to stop the profiler at.", PROFILER)
-    memory_profiling: bool = ignored(False, "Record a CUDA memory snapshot.", PROFILER)
-    memory_profiling_path: str | None = ignored(None, "Where the snapshot goes.", PROFILER)
+    profile: bool = key(
+        False, "Profile some iterations; the trace goes to tensorboard_dir, or log_dir/profile."
+    )
+    profile_step_start: int = key(10, "First iteration to profile.", low=1)
+    profile_step_stop: int = key(
+        12, "Iteration to stop the profiler at, not profiled itself.", low=2
+    )
+    memory_profiling: bool = key(False, "Record CUDA's memory while profiling.")
+    memory_profiling_path: str | None = key(
+        None, "Folder of the memory snapshots; log_dir/profile by default."
+    )
