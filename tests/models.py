@@ -15,6 +15,7 @@ from neox.config.architecture import architecture
 from neox.model.gpt import Layer, LocalLayers, build_layers, layers
 from neox.model.shard import shard
 from neox.parallel.groups import ProcessGroups
+from neox.parallel.region import TensorParallelRegion
 
 VOCAB = 64
 
@@ -82,7 +83,8 @@ def config_of(world_size: int = 1, **values: Any) -> NeoXConfig:
 
 
 def model_layers(config: NeoXConfig, groups: ProcessGroups) -> list[Layer]:
-    return layers(config, VOCAB, torch.float32, groups)
+    region = TensorParallelRegion(groups, sequence_parallel=config.sequence_parallel)
+    return layers(config, VOCAB, torch.float32, groups, region=region)
 
 
 def random_weights(config: NeoXConfig, seed: int = 0) -> dict[str, Tensor]:

@@ -24,6 +24,14 @@ _IDLE: dict[str, tuple[Callable[[NeoXConfig], bool], str]] = {
         lambda c: not c.checkpoint_activations,
         "only checkpoint_activations: true reads it",
     ),
+    "partition_activations": (
+        lambda c: not c.checkpoint_activations or c.model_parallel_size == 1,
+        "only checkpoint_activations: true with a model_parallel_size above 1 reads it",
+    ),
+    "checkpoint_in_cpu": (
+        lambda c: not c.checkpoint_activations,
+        "only checkpoint_activations: true reads it",
+    ),
     "gradient_predivide_factor": (
         lambda c: not c.prescale_gradients,
         "only prescale_gradients: true reads it",

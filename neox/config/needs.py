@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from neox.config.arithmetic import divisors, multiples_around, options
 from neox.config.checks import Checks, Findings
 from neox.config.config import NeoXConfig
-from neox.config.values import show
+from neox.config.values import listed, show
 
 CHECKS = Checks()
 _WITH_TEXT = ("train", "generate", "evaluate")
@@ -35,8 +36,42 @@ def _training_has_data(config: NeoXConfig) -> Findings:
 
 @CHECKS.reading("train_iters", "train_epochs", purposes=("train",))
 def _training_has_an_end(config: NeoXConfig) -> Findings:
-    if config.train_iters is None:
-        yield "train_iters", "train_iters is missing. Say how many optimizer steps to take."
+    if config.train_iters is None and config.train_epochs is None:
+        yield (
+            "train_iters",
+            "train_iters is missing. Say how many optimizer steps to take, or with train_epochs "
+            "how often to go through the data.",
+        )
+
+
+@CHECKS.reading("sequence_parallel", "model_parallel_size", "seq_length", purposes=("train",))
+def _shards_divide_sequence(config: NeoXConfig) -> Findings:
+    tp, length = config.model_parallel_size, config.seq_length
+    if config.sequence_parallel and length % tp:
+        yield (
+            "sequence_parallel",
+            f"sequence_parallel is true, but seq_length ({length}) is not divisible by "
+            f"model_parallel_size ({tp}). Use a seq_length of "
+            f"{listed(multiples_around(length, tp))}, or {options(tp, divisors(length))} as "
+            "model_parallel_size.",
+        )
+
+
+@CHECKS.reading("profile", "profile_step_start", "profile_step_stop", purposes=("train",))
+def _profile_has_steps(config: NeoXConfig) -> Findings:
+    start, stop = config.profile_step_start, config.profile_step_stop
+    if config.profile and stop <= start:
+        yield (
+            "profile_step_stop",
+            f"profile_step_stop ({stop}) is not after profile_step_start ({start}), the first "
+            "iteration that is profiled: nothing would be.",
+        )
+
+
+@CHECKS.reading("profile", "tensorboard_dir", "log_dir", purposes=("train",))
+def _profile_has_a_place(config: NeoXConfig) -> Findings:
+    if config.profile and not (config.tensorboard_dir or config.log_dir):
+        yield "profile", "profile needs a folder for its trace: set tensorboard_dir or log_dir."
 
 
 @CHECKS.reading("lr", "optimizer", "optimizer_type", purposes=("train",))

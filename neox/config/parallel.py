@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from neox.config.fields import derived, key, refused
+from neox.config.fields import derived, key
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,10 +20,10 @@ class ParallelConfig:
         "type:transformer|mlp",
         "What is balanced over stages: type:REGEX of layer names, parameters or uniform.",
     )
-    sequence_parallel: bool = refused(
+    sequence_parallel: bool = key(
         False,
-        "Split activations along the sequence between tensor-parallel processes.",
-        "sequence parallelism is not supported",
+        "Split activations between layers along the sequence, between tensor-parallel processes, "
+        "to train.",
     )
     world_size: int = derived(1, "Processes of the run.", "the launcher counts the processes")
     is_pipe_parallel: bool = derived(

@@ -22,8 +22,8 @@ class TrainingConfig:
     """Everything about the loop that is not data, optimizer or schedule."""
 
     train_iters: int | None = key(None, "Optimizer steps to take.", low=1)
-    train_epochs: int | None = refused(
-        None, "Passes over the data.", "training by epochs is not supported. Use train_iters"
+    train_epochs: int | None = key(
+        None, "Instead of train_iters: passes over the training data.", low=1
     )
     exit_interval: int | None = key(None, "Stop when the iteration is a multiple of it.", low=1)
     eval_interval: int = key(1000, "Iterations between two validations.", low=1)
@@ -65,14 +65,10 @@ class TrainingConfig:
 
     checkpoint_activations: bool = key(False, "Recompute activations in the backward pass.")
     checkpoint_num_layers: int = key(1, "Layers recomputed together.", low=1)
-    partition_activations: bool = ignored(
-        False,
-        "Split kept activations between tensor-parallel processes.",
-        "kept activations are whole on every process",
+    partition_activations: bool = key(
+        False, "Split what recomputation keeps between tensor-parallel processes."
     )
-    checkpoint_in_cpu: bool = ignored(
-        False, "Keep activations in CPU memory.", "kept activations stay on their device"
-    )
+    checkpoint_in_cpu: bool = key(False, "Keep in CPU memory what recomputation keeps.")
     contiguous_checkpointing: bool = ignored(
         False, "Keep activations in one buffer.", "torch's allocator manages them"
     )

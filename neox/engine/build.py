@@ -13,6 +13,7 @@ from neox.engine.sequential import build_sequential
 from neox.model.gpt import Layer, layers, torch_dtype
 from neox.model.init import initialize
 from neox.parallel.groups import ProcessGroups
+from neox.parallel.region import TensorParallelRegion
 from neox.parallel.rng import DropoutStreams
 
 
@@ -36,6 +37,7 @@ def build_engine(
         else:
             initialize(module, layer, config, config.seed, groups)
 
-    model = layers(config, padded_vocab_size, torch_dtype(config.dtype), groups, streams)
+    region = TensorParallelRegion(groups, sequence_parallel=config.sequence_parallel)
+    model = layers(config, padded_vocab_size, torch_dtype(config.dtype), groups, streams, region)
     build = build_sequential if config.pipe_parallel_size == 0 else build_pipelined
-    return build(config, model, fill, streams, groups)
+    return build(config, model, fill, streams, region, groups)

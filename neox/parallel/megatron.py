@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from megatron.core import ModelParallelConfig, parallel_state, tensor_parallel
 from torch import Tensor
 
@@ -61,6 +62,15 @@ class RowParallelLinear(tensor_parallel.RowParallelLinear):
 class VocabParallelEmbedding(tensor_parallel.VocabParallelEmbedding):
     """Rows of the table split over the ranks."""
 
+    def forward(self, tokens: Tensor, *, reduce: bool = True) -> Tensor:
+        """[...] -> [..., H]; without `reduce`, this rank's summand: zeros for others' tokens."""
+        if reduce:
+            return super().forward(tokens)
+        rows = tokens - self.vocab_start_index
+        elsewhere = (rows < 0) | (rows >= self.num_embeddings_per_partition)
+        found = F.embedding(rows.masked_fill(elsewhere, 0), self.weight)
+        return found.masked_fill(elsewhere[..., None], 0.0)
+
 
 def column_parallel_linear(
     in_size: int,
@@ -107,14 +117,3 @@ def vocab_parallel_embedding(
 def reduce(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """All-reduce forward, identity backward."""
     return tensor_parallel.reduce_from_tensor_model_parallel_region(x, group=group)
-
-
-def vocab_parallel_cross_entropy(logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:
-    """Per-token loss, float32, from vocabulary-sharded logits.
-
-    The gradient is computed in place of its input, so it is given a copy.
-    """
-    return tensor_parallel.vocab_parallel_cross_entropy(
-        logits_BSV.float().clone() if logits_BSV.dtype == torch.float32 else logits_BSV.float(),
-        labels_BS,
-    )

@@ -129,7 +129,7 @@ FROZEN = {
     """,
     "TrainingConfig": r"""
         train_iters                               acts     null
-        train_epochs                              refused  null
+        train_epochs                              acts     null
         exit_interval                             acts     null
         eval_interval                             acts     1000
         eval_iters                                acts     100
@@ -151,8 +151,8 @@ FROZEN = {
         s3_chunk_size                             refused  104857600
         checkpoint_activations                    acts     false
         checkpoint_num_layers                     acts     1
-        partition_activations                     ignored  false
-        checkpoint_in_cpu                         ignored  false
+        partition_activations                     acts     false
+        checkpoint_in_cpu                         acts     false
         contiguous_checkpointing                  ignored  false
         synchronize_each_layer                    ignored  false
         profile_backward                          ignored  false
@@ -196,19 +196,19 @@ FROZEN = {
         train_data_weights                        acts     null
         valid_data_weights                        acts     null
         test_data_weights                         acts     null
-        weight_by_num_documents                   refused  false
-        weighted_sampler_alpha                    refused  1.0
+        weight_by_num_documents                   acts     false
+        weighted_sampler_alpha                    acts     1.0
         data_impl                                 acts     "infer"
         pack_impl                                 acts     "packed"
         dataset_impl                              acts     "gpt2"
-        allow_chopped                             ignored  true
+        allow_chopped                             acts     true
         eod_mask_loss                             acts     false
-        num_workers                               ignored  2
-        mmap_warmup                               ignored  false
+        num_workers                               acts     2
+        mmap_warmup                               acts     false
         use_shared_fs                             acts     true
-        train_label_data_paths                    refused  null
-        valid_label_data_paths                    refused  null
-        test_label_data_paths                     refused  null
+        train_label_data_paths                    acts     null
+        valid_label_data_paths                    acts     null
+        test_label_data_paths                     acts     null
         train_reward_data_paths                   refused  null
         valid_reward_data_paths                   refused  null
         test_reward_data_paths                    refused  null

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator
 
 import pytest
@@ -11,7 +12,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.testing import assert_close
 
-from neox.model.loss import cross_entropy
 from neox.model.shard import shard
 from neox.parallel.groups import ProcessGroups, initialize
 from neox.parallel.topology import Topology
@@ -28,7 +28,9 @@ def loss_and_gradients(config, weights, groups) -> tuple[Tensor, dict[str, Tenso
     data = tokens(length=17)
     mask = torch.ones(2, 16)
     mask[0, 5:9] = 0
-    loss = cross_entropy(forward(stage, data[:, :-1]), data[:, 1:], mask, groups)
+    *before, (head, projection) = stage
+    x = forward(before, data[:, :-1])
+    loss = head(projection, x, data[:, 1:], mask)
     loss.backward()
     gradients = {
         f"{layer.index}.{name}": parameter.grad
@@ -41,8 +43,13 @@ def loss_and_gradients(config, weights, groups) -> tuple[Tensor, dict[str, Tenso
 
 def compare_with_unsharded(rank: int, tp: int, names: list[str]) -> None:
     groups = initialize(Topology(tp=tp), "gloo", torch.device("cpu"))
-    for name in names:
-        config = config_of(world_size=tp, model_parallel_size=tp, **ARCHITECTURES[name])
+    for name, sequence_parallel in itertools.product(names, (False, True)):
+        config = config_of(
+            world_size=tp,
+            model_parallel_size=tp,
+            sequence_parallel=sequence_parallel,
+            **ARCHITECTURES[name],
+        )
         weights = random_weights(config)
         layouts = {
             f"{layer.index}.{parameter}": layout
@@ -60,7 +67,7 @@ def compare_with_unsharded(rank: int, tp: int, names: list[str]) -> None:
                 expected,
                 atol=1e-6,
                 rtol=1e-4,
-                msg=lambda text, at=at, name=name: f"{name}, {at}, rank {rank}: {text}",
+                msg=lambda text, at=(name, sequence_parallel, at, rank): f"{at}: {text}",
             )
 
 
@@ -72,47 +79,73 @@ def test_tp_4_equals_tp_1(world: World) -> None:
     world.run(4, compare_with_unsharded, 4, TP4)
 
 
+Message = tuple[str, int]  # what it is, and its elements
+
+
 @contextlib.contextmanager
-def counted_all_reduces() -> Iterator[list[int]]:
-    """The sizes, in elements, of the all-reduces made inside the block."""
-    sizes: list[int] = []
-    real = dist.all_reduce
+def messages() -> Iterator[list[Message]]:
+    """What is sent inside the block; of a gather and a scatter, the elements of the whole."""
+    sent: list[Message] = []
+    with pytest.MonkeyPatch.context() as patch:
+        for name, whole in (
+            ("all_reduce", 0),
+            ("all_gather_single", 0),
+            ("reduce_scatter_single", 1),
+        ):
+            real = getattr(dist, name)
 
-    def counting(tensor: Tensor, *args, **kwargs):
-        sizes.append(tensor.numel())
-        return real(tensor, *args, **kwargs)
+            def counting(*tensors: Tensor, name=name, whole=whole, real=real, **kwargs):
+                sent.append((name, tensors[whole].numel()))
+                return real(*tensors, **kwargs)
 
-    dist.all_reduce = counting
-    try:
-        yield sizes
-    finally:
-        dist.all_reduce = real
+            patch.setattr(dist, name, counting)
+        yield sent
 
 
-def block_all_reduces(rank: int, architecture: str) -> tuple[list[int], list[int]]:
+def block_messages(
+    rank: int, architecture: str, sequence_parallel: bool
+) -> tuple[list[Message], list[Message]]:
     groups = initialize(Topology(tp=2), "gloo", torch.device("cpu"))
-    config = config_of(world_size=2, model_parallel_size=2, **ARCHITECTURES[architecture])
+    config = config_of(
+        world_size=2,
+        model_parallel_size=2,
+        sequence_parallel=sequence_parallel,
+        **ARCHITECTURES[architecture],
+    )
     _, block = built(config, random_weights(config), groups)[2]
-    x = torch.randn(16, 2, 32, requires_grad=True)
-    with counted_all_reduces() as forward_sizes:
+    x = torch.randn(8 if sequence_parallel else 16, 2, 32, requires_grad=True)
+    with messages() as forward_messages:
         y = block(x)
-    with counted_all_reduces() as backward_sizes:
+    assert y.shape == x.shape
+    with messages() as backward_messages:
         y.sum().backward()
-    return forward_sizes, backward_sizes
+    return forward_messages, backward_messages
 
 
 ACTIVATIONS = 16 * 2 * 32  # S x B x H
+# The gradients of a norm (weight and bias) and a row-parallel bias ride along with x's.
+RIDERS = 3 * 32
 
 
-def test_a_parallel_residual_costs_one_all_reduce_each_way(world: World) -> None:
-    for forward_sizes, backward_sizes in world.run(2, block_all_reduces, "neox"):
-        assert forward_sizes == [ACTIVATIONS]
-        # The gradients of two norms (weight and bias) and two row-parallel biases ride along.
-        assert backward_sizes == [ACTIVATIONS + 6 * 32]
+@pytest.mark.parametrize(("architecture", "branches"), [("neox", 2), ("sequential", 1)])
+def test_a_residual_costs_one_all_reduce_each_way(
+    world: World, architecture: str, branches: int
+) -> None:
+    """A parallel residual has both branches in one message, a sequential one has two messages."""
+    count = 2 // branches
+    for forward_messages, backward_messages in world.run(2, block_messages, architecture, False):
+        assert forward_messages == [("all_reduce", ACTIVATIONS)] * count
+        assert backward_messages == [("all_reduce", ACTIVATIONS + branches * RIDERS)] * count
 
 
-@pytest.mark.parametrize("architecture", ["sequential"])
-def test_a_sequential_residual_costs_two(world: World, architecture: str) -> None:
-    for forward_sizes, backward_sizes in world.run(2, block_all_reduces, architecture):
-        assert forward_sizes == [ACTIVATIONS] * 2
-        assert backward_sizes == [ACTIVATIONS] * 2
+@pytest.mark.parametrize(("architecture", "branches"), [("neox", 2), ("sequential", 1)])
+def test_with_sequence_parallelism_one_gather_and_one_scatter(
+    world: World, architecture: str, branches: int
+) -> None:
+    gather, scatter = ("all_gather_single", ACTIVATIONS), ("reduce_scatter_single", ACTIVATIONS)
+    # The riders travel to both ranks.
+    loaded = ("reduce_scatter_single", ACTIVATIONS + 2 * branches * RIDERS)
+    count = 2 // branches
+    for forward_messages, backward_messages in world.run(2, block_messages, architecture, True):
+        assert forward_messages == [gather, scatter] * count
+        assert backward_messages == [gather, loaded] * count
