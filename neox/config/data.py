@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from neox.config.fields import derived, ignored, key, refused
+from neox.config.fields import derived, key, refused
 
-_LABELS = "labels and rewards beside the text are not supported"
+_REWARDS = "rewards beside the text are not supported"
 _PAIRS = "preference pairs are not supported"
-_COUNTS = "weights from document counts are not supported"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,10 +25,14 @@ class DataConfig:
     train_data_weights: list[float] | None = key(None, "One weight for each of train_data_paths.")
     valid_data_weights: list[float] | None = key(None, "One weight for each of valid_data_paths.")
     test_data_weights: list[float] | None = key(None, "One weight for each of test_data_paths.")
-    weight_by_num_documents: bool = refused(
-        False, "Weights from document counts.", f"{_COUNTS}. Give train_data_weights"
+    weight_by_num_documents: bool = key(
+        False,
+        "Weigh each of the datasets by its documents n: n^alpha / the sum of all, alpha being "
+        "weighted_sampler_alpha.",
     )
-    weighted_sampler_alpha: float = refused(1.0, "Exponent of those weights.", _COUNTS)
+    weighted_sampler_alpha: float = key(
+        1.0, "Exponent of those weights: 1 follows the documents, 0 draws from all alike.", low=0
+    )
 
     data_impl: Literal["infer", "mmap", "cached"] = key(
         "infer",
@@ -38,36 +41,38 @@ class DataConfig:
     )
     pack_impl: Literal["packed", "pack_until_overflow", "unpacked"] = key(
         "packed",
-        "How documents fill samples: as one stream, cut every seq_length tokens.",
-        refused=dict.fromkeys(
-            ("pack_until_overflow", "unpacked"), "it is not supported. Use packed"
-        ),
+        "How documents fill samples: as one stream, cut every seq_length tokens; as many whole "
+        "documents as fit, padded; or one document each, padded.",
     )
     dataset_impl: Literal["gpt2", "pairwise", "online"] = key(
         "gpt2",
         "Kind of dataset.",
         refused={"pairwise": _PAIRS, "online": "online reinforcement learning is not supported"},
     )
-    allow_chopped: bool = ignored(
-        True, "Let documents be cut.", "pack_impl: packed always cuts them (also upstream)"
+    allow_chopped: bool = key(
+        True, "Cut documents longer than a sample, unless packed; false leaves them out."
     )
     eod_mask_loss: bool = key(False, "Leave the end-of-document tokens out of the loss.")
-    num_workers: int = ignored(
-        2, "Processes that read ahead.", "samples are cut from mapped files as they are needed"
+    num_workers: int = key(
+        2, "Threads of each process that read ahead; 0 reads when a batch is needed.", low=0
     )
-    mmap_warmup: bool = ignored(
-        False, "Read the files once at the start.", "the system's page cache does as well"
-    )
+    mmap_warmup: bool = key(False, "Read the files once at the start.")
     use_shared_fs: bool = key(
         True, "The data lies on storage all machines share; false builds its index on each."
     )
 
-    train_label_data_paths: list[str] | None = refused(None, "Labels to train on.", _LABELS)
-    valid_label_data_paths: list[str] | None = refused(None, "Labels to validate on.", _LABELS)
-    test_label_data_paths: list[str] | None = refused(None, "Labels to test on.", _LABELS)
-    train_reward_data_paths: list[str] | None = refused(None, "Rewards to train on.", _LABELS)
-    valid_reward_data_paths: list[str] | None = refused(None, "Rewards to validate on.", _LABELS)
-    test_reward_data_paths: list[str] | None = refused(None, "Rewards to test on.", _LABELS)
+    train_label_data_paths: list[str] | None = key(
+        None, "One dataset of labels for each of train_data_paths; -100 is left out of the loss."
+    )
+    valid_label_data_paths: list[str] | None = key(
+        None, "One dataset of labels for each of valid_data_paths; -100 is left out of the loss."
+    )
+    test_label_data_paths: list[str] | None = key(
+        None, "One dataset of labels for each of test_data_paths; -100 is left out of the loss."
+    )
+    train_reward_data_paths: list[str] | None = refused(None, "Rewards to train on.", _REWARDS)
+    valid_reward_data_paths: list[str] | None = refused(None, "Rewards to validate on.", _REWARDS)
+    test_reward_data_paths: list[str] | None = refused(None, "Rewards to test on.", _REWARDS)
     pos_train_data_paths: list[str] | None = refused(None, "Preferred texts.", _PAIRS)
     neg_train_data_paths: list[str] | None = refused(None, "Rejected texts.", _PAIRS)
     pos_valid_data_paths: list[str] | None = refused(None, "Preferred texts.", _PAIRS)

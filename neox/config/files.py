@@ -30,9 +30,9 @@ def _for_training(config: NeoXConfig) -> Findings:
     if config.data_path is not None:
         yield from _dataset("data_path", f"data_path is {show(config.data_path)}", config.data_path)
     for split in ("train", "valid", "test"):
-        key = f"{split}_data_paths"
-        for path in dict.fromkeys(getattr(config, key) or []):
-            yield from _dataset(key, f"{key} holds {show(path)}", path)
+        for key in (f"{split}_data_paths", f"{split}_label_data_paths"):
+            for path in dict.fromkeys(getattr(config, key) or []):
+                yield from _dataset(key, f"{key} holds {show(path)}", path)
     for key in ("save", "log_dir", "tensorboard_dir"):
         yield from _folder(key, getattr(config, key))
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import tempfile
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from neox import log
-from neox.atomic import replacing
+from neox.atomic import replacing, write_text
 from neox.config import NeoXConfig
 from neox.errors import DataError
 from neox.parallel.groups import ProcessGroups
@@ -32,27 +33,34 @@ def cached_arrays(
     """The arrays `names` that `build` makes, memory-mapped read-only. Collective over the world.
 
     `key` holds everything that they depend on; its hash is part of the file names, so a change of
-    anything makes new files. They lie in a folder `index_cache` next to the dataset `prefix`, or,
-    where that cannot be written, in `log_dir` or the temporary folder.
+    anything makes new files. A .json file beside them holds the key and the files' checksums; what
+    does not agree with it is built anew, with a warning. They lie in a folder `index_cache` next to
+    the dataset `prefix`, or, where that cannot be written, in `log_dir` or the temporary folder.
     """
-    digest = hashlib.blake2b(json.dumps(key, sort_keys=True).encode(), digest_size=10).hexdigest()
-    files = [f"{Path(prefix).name}-{digest}-{name}.npy" for name in names]
+    text = json.dumps(key, sort_keys=True)
+    digest = hashlib.blake2b(text.encode(), digest_size=10).hexdigest()
+    stem = f"{Path(prefix).name}-{digest}"
     folders = _folders(prefix, config)
     # Rank 0 builds, then each machine that does not see its files; at once on all of them when
     # nothing is shared. Files are replaced whole, so building one twice costs only time.
-    first_of_machine = int(os.environ.get("LOCAL_RANK", "0")) == 0
-    turns = [groups.rank == 0, first_of_machine] if config.use_shared_fs else [first_of_machine]
+    first_here = is_first_of_machine()
+    turns = [groups.rank == 0, first_here] if config.use_shared_fs else [first_here]
     for my_turn in turns:
-        if my_turn and _find(folders, files) is None:
-            _write(folders, files, build())
+        if my_turn and _find(folders, stem, names, text) is None:
+            _write(folders, stem, names, text, build())
         groups.barrier()
-    folder = _find(folders, files)
+    folder = _find(folders, stem, names, text)
     if folder is None:
         raise DataError(
-            f"rank {groups.rank} sees {files[0]} in none of {', '.join(map(str, folders))}, where "
+            f"rank {groups.rank} sees {stem} in none of {', '.join(map(str, folders))}, where "
             "another rank of this machine put it: the ranks need the same view of one of them"
         )
-    return tuple(_map(folder / file) for file in files)
+    return tuple(_map(folder / f"{stem}-{name}.npy") for name in names)
+
+
+def is_first_of_machine() -> bool:
+    """Whether this rank does what is done once for all ranks of a machine."""
+    return int(os.environ.get("LOCAL_RANK", "0")) == 0
 
 
 def _folders(prefix: str | Path, config: NeoXConfig) -> list[Path]:
@@ -61,18 +69,54 @@ def _folders(prefix: str | Path, config: NeoXConfig) -> list[Path]:
     return [parent / "index_cache" for parent in (*parents, private)]
 
 
-def _find(folders: Sequence[Path], files: Sequence[str]) -> Path | None:
-    return next((f for f in folders if all((f / file).is_file() for file in files)), None)
+def _find(folders: Sequence[Path], stem: str, names: Sequence[str], key: str) -> Path | None:
+    """The first folder where the files are there and whole."""
+    for folder in folders:
+        about = folder / f"{stem}.json"
+        if not about.is_file():
+            continue
+        problem = _damage(about, names, key)
+        if problem is None:
+            return folder
+        log.warning(f"{problem}; it is not used, and the order of samples built anew")
+    return None
 
 
-def _write(folders: Sequence[Path], files: Sequence[str], arrays: Arrays) -> None:
+def _damage(about: Path, names: Sequence[str], key: str) -> str | None:
+    """What is wrong with the arrays that `about` tells of, None when nothing is."""
+    try:
+        told = json.loads(about.read_text())
+        if json.dumps(told["key"], sort_keys=True) != key:
+            return f"{about} belongs to other data"
+        for name in names:
+            file = about.with_name(f"{about.stem}-{name}.npy")
+            if not file.is_file():
+                return f"{file} is missing"
+            if zlib.crc32(np.memmap(file, mode="r", dtype=np.uint8)) != told["crc32"][name]:
+                return f"{file} is damaged"
+            _map(file)
+    except OSError as error:
+        return f"{error.filename} cannot be read ({error.strerror})"
+    except (ValueError, KeyError, TypeError):
+        return f"{about} is damaged"
+    return None
+
+
+def _write(
+    folders: Sequence[Path], stem: str, names: Sequence[str], key: str, arrays: Arrays
+) -> None:
     for folder in folders:
         if _is_read_only(folder.parent):
             continue
         try:
-            for file, array in zip(files, arrays, strict=True):
-                with replacing(folder / file) as stream:
+            checksums = {}
+            for name, array in zip(names, arrays, strict=True):
+                file = folder / f"{stem}-{name}.npy"
+                with replacing(file) as stream:
                     np.save(stream, array, allow_pickle=False)
+                checksums[name] = zlib.crc32(np.memmap(file, mode="r", dtype=np.uint8))
+            told = {"key": json.loads(key), "crc32": checksums}
+            write_text(folder / f"{stem}.json", json.dumps(told, indent=1) + "\n")
             return
         except OSError as error:
             log.info(f"cannot keep the sample order in {folder} ({error.strerror})")
@@ -88,7 +132,4 @@ def _is_read_only(folder: Path) -> bool:
 
 
 def _map(path: Path) -> np.ndarray:
-    try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, OSError) as error:
-        raise DataError(f"{path} is damaged ({error}); delete it to have it rebuilt") from None
+    return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))

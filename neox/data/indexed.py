@@ -1,36 +1,35 @@
-"""Tokenized corpora on disk, and the one door to megatron-core's datasets.
+"""Tokenized corpora on disk, and the one door to megatron-core's index builders.
 
 `PREFIX.bin` holds the token ids of all documents end to end; `PREFIX.idx` says where each starts:
 
     9 bytes "MMIDIDX\\0\\0" | uint64 version 1 | uint8 dtype code | uint64 n | uint64 d
     int32 length in tokens [n] | int64 offset in bytes [n] | int64 document boundaries [d = n + 1]
 
-Reading and the index builders are megatron-core's, whose import costs seconds: hence inside the
-functions. Writing is done here, because preprocessing needs nothing else of megatron-core or torch
-and megatron-core's writer keeps Python lists of a hundred bytes per document.
+The index builders are megatron-core's, whose import costs seconds: hence inside the functions.
 """
 
 from __future__ import annotations
 
 import array
+import hashlib
 import struct
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from neox import log
 from neox.atomic import replacing
 from neox.errors import DataError
 
-if TYPE_CHECKING:
-    from megatron.core.datasets.indexed_dataset import IndexedDataset
-
 _MAGIC = b"MMIDIDX\x00\x00"
+_OLD_MAGIC = b"TNTIDX\x00\x00"  # upstream's `cached` and `lazy` datasets
 _HEADER = struct.Struct("<9sQBQQ")
 _DTYPES = {1: "u1", 2: "i1", 3: "i2", 4: "i4", 5: "i8", 8: "u2"}
-_UINT16, _INT32 = 8, 4
+_CODES = {np.dtype(dtype): code for code, dtype in _DTYPES.items()}
+_BLOCKS, _BLOCK_SIZE = 16, 1 << 14  # what a fingerprint reads of a large file
+_CHUNK = 1 << 23
 
 
 def idx_path(prefix: str | Path) -> Path:
@@ -41,16 +40,56 @@ def bin_path(prefix: str | Path) -> Path:
     return Path(f"{prefix}.bin")
 
 
-def open_indexed(prefix: str) -> IndexedDataset:
+class IndexedDataset:
+    """Documents of token ids, memory-mapped; may be read from several threads."""
+
+    def __init__(self, prefix: str, dtype: np.dtype, documents: int) -> None:
+        """`open_indexed` finds `dtype` and `documents` in the files, and checks them."""
+        self.path_prefix = prefix
+        self.dtype = dtype
+        # Plain arrays over the maps: a memmap object costs a microsecond at every slice.
+        index = np.asarray(np.memmap(idx_path(prefix), mode="r", dtype=np.uint8))
+        lengths_end = _HEADER.size + 4 * documents
+        offsets_end = lengths_end + 8 * documents
+        self.sequence_lengths = index[_HEADER.size : lengths_end].view(np.int32)
+        self.sequence_offsets = index[lengths_end:offsets_end].view(np.int64)  # in bytes
+        self._ids = np.asarray(np.memmap(bin_path(prefix), mode="r", dtype=dtype))
+
+    def __len__(self) -> int:
+        return len(self.sequence_lengths)
+
+    @property
+    def tokens(self) -> int:
+        return len(self._ids)
+
+    def get(self, document: int, offset: int = 0, length: int | None = None) -> np.ndarray:
+        """Token ids of a document, from its token `offset` on: a view of the file."""
+        if length is None:
+            length = int(self.sequence_lengths[document]) - offset
+        start = int(self.sequence_offsets[document]) // self.dtype.itemsize + offset
+        return self.span(start, start + length)
+
+    def span(self, start: int, stop: int) -> np.ndarray:
+        """Ids by their place in the file, whatever the document. DataError outside of it."""
+        if not 0 <= start <= stop <= len(self._ids):
+            raise DataError(
+                f"{idx_path(self.path_prefix)} points at tokens {start} to {stop} of "
+                f"{bin_path(self.path_prefix).name}, which has {len(self._ids)}: it is damaged; "
+                "tokenize the corpus again"
+            )
+        return self._ids[start:stop]
+
+
+def open_indexed(prefix: str | Path) -> IndexedDataset:
     """Open a dataset as memory maps. DataError when it is missing, damaged, or not one."""
-    _check(prefix)
-    from megatron.core.datasets.indexed_dataset import IndexedDataset
-
-    return IndexedDataset(prefix)
+    return IndexedDataset(str(prefix), *_check(prefix))
 
 
-def _check(prefix: str) -> None:
-    """Compare the header's counts with the sizes of both files: constant time, finds truncation."""
+def _check(prefix: str | Path) -> tuple[np.dtype, int]:
+    """(dtype, number of documents), when the counts agree with the sizes of both files.
+
+    Takes constant time; finds files that are cut off or mixed up.
+    """
     for path in (idx_path(prefix), bin_path(prefix)):
         if not path.is_file():
             raise DataError(f"there is no dataset {prefix}: {path} is missing")
@@ -58,9 +97,10 @@ def _check(prefix: str) -> None:
     with open(idx_path(prefix), "rb") as file:
         header = file.read(_HEADER.size)
         if not header.startswith(_MAGIC):
+            old = ", as --dataset-impl cached and lazy made them" * header.startswith(_OLD_MAGIC)
             raise DataError(
                 f"{idx_path(prefix)} is not the index of a memory-mapped dataset (it starts with "
-                f"{header[:9]!r}); tokenize the corpus again with tools/preprocess_data.py"
+                f"{header[:9]!r}{old}); tokenize the corpus again with tools/preprocess_data.py"
             )
         if len(header) < _HEADER.size:
             raise DataError(f"{idx_path(prefix)} is cut off: {size} bytes")
@@ -78,13 +118,45 @@ def _check(prefix: str) -> None:
         (length,) = struct.unpack("<i", file.read(4))
         file.seek(_HEADER.size + 4 * n + 8 * (n - 1))
         (offset,) = struct.unpack("<q", file.read(8))
-    expected = offset + length * np.dtype(_DTYPES[code]).itemsize
+    dtype = np.dtype(_DTYPES[code])
+    expected = offset + length * dtype.itemsize
     size = bin_path(prefix).stat().st_size
     if size != expected or size == 0:
         raise DataError(
             f"{bin_path(prefix)} has {size} bytes, {idx_path(prefix).name} says {expected}: one of "
             "them is cut off or belongs to another dataset, or the dataset is empty"
         )
+    return dtype, n
+
+
+def fingerprint(prefix: str | Path) -> str:
+    """What tells a dataset's content from another's, whatever its name and age.
+
+    A hash of both files' sizes and of blocks spread evenly over them; of all of a small file.
+    """
+    digest = hashlib.blake2b(digest_size=10)
+    for path in (idx_path(prefix), bin_path(prefix)):
+        with open(path, "rb") as file:
+            size = path.stat().st_size
+            digest.update(size.to_bytes(8, "little"))
+            step = max(_BLOCK_SIZE, (size - _BLOCK_SIZE) // (_BLOCKS - 1))
+            for start in range(0, size, step):
+                file.seek(start)
+                digest.update(file.read(_BLOCK_SIZE))
+            file.seek(max(0, size - _BLOCK_SIZE))
+            digest.update(file.read(_BLOCK_SIZE))
+    return digest.hexdigest()
+
+
+def warm_up(prefix: str | Path) -> None:
+    """Read both files once, so that the system has them in memory."""
+    paths = [idx_path(prefix), bin_path(prefix)]
+    total = sum(path.stat().st_size for path in paths)
+    with log.progress(total=total, desc=f"reading {prefix}", unit="B") as bar:
+        for path in paths:
+            with open(path, "rb", buffering=0) as file:
+                while read := file.read(_CHUNK):
+                    bar.update(len(read))
 
 
 def build_sample_index(
@@ -115,15 +187,28 @@ def build_blend_index(weights: np.ndarray, size: int) -> tuple[np.ndarray, np.nd
     return dataset, index
 
 
+def build_whole_blend_index(sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """As `build_blend_index`, but every one of the int64 `sizes` samples exactly once."""
+    from megatron.core.datasets import helpers
+
+    total = int(sizes.sum())
+    dataset = np.empty(total, dtype=np.int16)
+    index = np.empty(total, dtype=np.int64)
+    helpers.build_exhaustive_blending_indices(dataset, index, sizes, len(sizes))
+    return dataset, index
+
+
 class IndexedWriter:
     """Writes PREFIX.bin and PREFIX.idx; they appear when the `with` block ends without an error.
 
-    Ids are stored as uint16 for a vocabulary below 65,500 (Megatron's rule), else as int32.
-    Memory: 4 bytes per document.
+    Ids are stored as `dtype` says, else as uint16 for a vocabulary below 65,500 (Megatron's rule),
+    or int32. Memory: 4 bytes per document.
     """
 
-    def __init__(self, prefix: str | Path, vocab_size: int) -> None:
-        self.dtype = token_dtype(vocab_size)
+    def __init__(
+        self, prefix: str | Path, vocab_size: int = 0, *, dtype: np.dtype | None = None
+    ) -> None:
+        self.dtype = token_dtype(vocab_size) if dtype is None else dtype
         self._prefix = prefix
         self._lengths = array.array("i")
         self._files = ExitStack()
@@ -134,8 +219,16 @@ class IndexedWriter:
 
     def add(self, ids: np.ndarray, lengths: np.ndarray) -> None:
         """Append documents: their `ids` end to end (of `self.dtype`), and int32 `lengths`."""
-        assert ids.dtype == self.dtype and len(ids) == lengths.sum(), (ids.dtype, len(ids))
-        self._bin.write(ids.data)
+        assert len(ids) == lengths.sum(dtype=np.int64), (len(ids), lengths.sum())
+        self.add_ids(ids)
+        self.add_lengths(lengths)
+
+    def add_ids(self, ids: np.ndarray) -> None:
+        """The next ids, of `self.dtype`; `add_lengths` tells how they divide into documents."""
+        assert ids.dtype == self.dtype, (ids.dtype, self.dtype)
+        self._bin.write(np.ascontiguousarray(ids).data)
+
+    def add_lengths(self, lengths: np.ndarray) -> None:
         self._lengths.frombytes(lengths.astype(np.int32).tobytes())
 
     def __exit__(
@@ -156,9 +249,8 @@ class IndexedWriter:
         offsets = np.zeros(len(lengths) + 1, dtype=np.int64)
         np.cumsum(lengths, out=offsets[1:])
         offsets *= self.dtype.itemsize
-        code = _UINT16 if self.dtype == np.uint16 else _INT32
         with replacing(idx_path(self._prefix)) as file:
-            file.write(_HEADER.pack(_MAGIC, 1, code, len(lengths), len(lengths) + 1))
+            file.write(_HEADER.pack(_MAGIC, 1, _CODES[self.dtype], len(lengths), len(lengths) + 1))
             file.write(lengths.data)
             file.write(offsets[:-1].data)
             file.write(np.arange(len(lengths) + 1, dtype=np.int64).data)

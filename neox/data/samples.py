@@ -1,27 +1,72 @@
-"""Which tokens the n-th training sample holds: upstream's order, bit for bit."""
+"""Which tokens the n-th sample of a dataset holds, which of them are labels, and whence they come.
+
+`pack_impl` says how documents become samples of seq_length + 1 tokens: `packed` cuts one stream of
+all documents, upstream's order bit for bit; the other two keep documents in one piece.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from neox import log
 from neox.config import NeoXConfig
 from neox.data.cache import Arrays, cached_arrays
-from neox.data.indexed import build_sample_index, idx_path
+from neox.data.documents import Documents, Sample
+from neox.data.order import epochs_needed, stream_order, whole_order
 from neox.errors import DataError
 from neox.parallel.groups import ProcessGroups
 
-if TYPE_CHECKING:
-    from megatron.core.datasets.indexed_dataset import IndexedDataset
-
-# Part of the cache's key: raise it when the order or the files' meaning changes.
-_ORDER_VERSION = 1
+# Part of the caches' keys: raise it when the order or the files' meaning changes.
+ORDER_VERSION = 2
 
 
-class PackedSamples:
-    """Samples of `seq_length` + 1 consecutive tokens from a shuffled stream of documents.
+class Origin(NamedTuple):
+    """A part of a sample: tokens `start` to `stop` of a document."""
+
+    prefix: str  # the dataset
+    document: int
+    start: int
+    stop: int
+
+
+class Samples(Protocol):
+    """An order of samples."""
+
+    facts: dict[str, Any]  # what the order follows from, apart from the configuration
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, n: int) -> Sample: ...
+
+    def origins(self, n: int) -> list[Origin]: ...
+
+
+class _OneDataset:
+    """What the two below share: a sample is its parts end to end."""
+
+    def __init__(self, documents: Documents, seq_length: int, facts: dict[str, Any]) -> None:
+        self._documents = documents
+        self._room = seq_length + 1
+        self.facts = facts
+
+    def __getitem__(self, n: int) -> Sample:
+        """DataError when an id is outside the vocabulary."""
+        return self._documents.read(self._parts(n), self._room)
+
+    def origins(self, n: int) -> list[Origin]:
+        """The parts of sample n, in order."""
+        return [Origin(self._documents.prefix, *part) for part in self._parts(n)]
+
+    def _parts(self, n: int) -> Iterator[tuple[int, int, int]]:
+        """(document, start, stop) of each part."""
+        raise NotImplementedError
+
+
+class StreamSamples(_OneDataset):
+    """`packed`: consecutive tokens of a shuffled stream of documents.
 
     Consecutive samples of the stream share one token, the last of one being the first of the next:
     each token is a label once. The samples are then shuffled.
@@ -29,113 +74,155 @@ class PackedSamples:
 
     def __init__(
         self,
-        indexed: IndexedDataset,
-        documents: np.ndarray,
-        starts_N2: np.ndarray,
+        documents: Documents,
         seq_length: int,
-        vocab_size: int | None,
+        facts: dict[str, Any],
+        stream: np.ndarray,
+        starts_N2: np.ndarray,
     ) -> None:
-        self._indexed = indexed
-        self._documents = documents
+        super().__init__(documents, seq_length, facts)
+        self._stream = stream
         self._starts_N2 = starts_N2
-        self._seq_length = seq_length
-        self._vocab_size = vocab_size
 
     def __len__(self) -> int:
         return len(self._starts_N2)
 
-    def __getitem__(self, n: int) -> np.ndarray:
-        """int64 [seq_length + 1]. DataError when an id is outside the vocabulary."""
-        sample = np.empty(self._seq_length + 1, dtype=np.int64)
-        position, offset = self._starts_N2[n].tolist()
-        filled = 0
-        while filled < len(sample):
-            part = self._indexed.get(int(self._documents[position]), offset)
-            part = part[: len(sample) - filled]
-            sample[filled : filled + len(part)] = part
-            filled += len(part)
-            position, offset = position + 1, 0
-        if self._vocab_size is not None and sample.max() >= self._vocab_size:
-            raise DataError(
-                f"{self._indexed.path_prefix} holds token id {sample.max()} but the tokenizer's "
-                f"vocabulary ends at {self._vocab_size - 1}: the data was made with another "
-                "tokenizer; set vocab_file to that one, or tokenize the data again"
-            )
-        return sample
+    def _parts(self, n: int) -> Iterator[tuple[int, int, int]]:
+        position, start = self._starts_N2[n].tolist()
+        missing = self._room
+        while missing:
+            document = int(self._stream[position])
+            stop = min(int(self._documents.lengths[document]), start + missing)
+            if stop > start:
+                yield document, start, stop
+            missing -= stop - start
+            position, start = position + 1, 0
 
 
-def split_documents(split: str, count: int) -> list[range]:
-    """The documents of train, validation and test: `count` divided as `split`, "969, 30, 1", says.
+class WholeSamples(_OneDataset):
+    """`pack_until_overflow` and `unpacked`: documents from their beginning, then padding.
 
-    Each share is rounded for itself, and train takes what that leaves over or short.
+    Documents are cut at their end where a single one is longer than a sample.
     """
-    shares = [float(share) for share in split.replace("/", ",").split(",")]
-    shares = [*shares, 0.0, 0.0][:3]
-    counts = [round(share / sum(shares) * count) for share in shares]
-    ends = [sum(counts[: i + 1]) for i in range(3)]
-    ends = [max(0, end - (ends[2] - count)) for end in ends]
-    return [range(start, end) for start, end in zip([0, *ends], ends, strict=False)]
+
+    def __init__(
+        self,
+        documents: Documents,
+        seq_length: int,
+        facts: dict[str, Any],
+        stream: np.ndarray,
+        bounds: np.ndarray,
+    ) -> None:
+        super().__init__(documents, seq_length, facts)
+        self._stream = stream
+        self._bounds = bounds
+
+    def __len__(self) -> int:
+        return len(self._bounds) - 1
+
+    def _parts(self, n: int) -> Iterator[tuple[int, int, int]]:
+        first, end = self._bounds[n : n + 2].tolist()
+        for document in self._stream[first:end].tolist():
+            yield document, 0, min(int(self._documents.lengths[document]), self._room)
 
 
 def open_samples(
-    indexed: IndexedDataset,
-    documents: range,
-    num_samples: int,
+    documents: Documents,
+    chosen: range,
+    num_samples: int | None,
     config: NeoXConfig,
     groups: ProcessGroups,
-    vocab_size: int | None,
-) -> PackedSamples:
-    """At least `num_samples` samples of some documents of a dataset. Collective over the world.
+) -> Samples:
+    """At least `num_samples` samples of the `chosen` documents; None: of each of them once.
 
-    DataError when these documents have no tokens.
+    Collective over the world. DataError when these documents make no sample.
     """
-    prefix = indexed.path_prefix
-    tokens = int(indexed.sequence_lengths[documents.start : documents.stop].sum(dtype=np.int64))
-    if tokens == 0:
-        raise DataError(
-            f"documents {documents.start} to {documents.stop - 1} of {prefix} have no tokens"
-        )
-    epochs = epochs_needed(tokens, config.seq_length, num_samples)
-
-    def build() -> Arrays:
-        log.info(f"shuffling {len(documents)} documents of {prefix}, epochs: {epochs} ...")
-        lengths = indexed.sequence_lengths
-        return build_order(lengths, documents, config.seq_length, epochs, config.seed)
-
-    file = idx_path(prefix).stat()
+    content = {
+        "text": documents.content,
+        "labels": documents.labels_content,
+        "documents": [chosen.start, chosen.stop],
+    }
     key = {
-        "version": _ORDER_VERSION,
-        "index": [file.st_size, file.st_mtime_ns],
-        "documents": [documents.start, documents.stop],
+        "version": ORDER_VERSION,
+        "files": documents.files,
+        "content": content,
         "seq_length": config.seq_length,
         "seed": config.seed,
-        "epochs": epochs,
+        "pack_impl": config.pack_impl,
     }
+    if config.pack_impl == "packed":
+        return _open_stream(documents, chosen, num_samples, key, config, groups)
+
+    def build() -> Arrays:
+        log.info(f"ordering {len(chosen)} documents of {documents.prefix} ...")
+        usable = _usable(documents, chosen, config)
+        joined = config.pack_impl == "pack_until_overflow"
+        room = config.seq_length + 1
+        return whole_order(
+            documents.lengths, usable, room, num_samples or 0, config.seed, joined=joined
+        )
+
+    key |= {"samples": num_samples, "allow_chopped": config.allow_chopped}
+    names = ("documents", "bounds")
+    stream, bounds = cached_arrays(documents.prefix, names, key, build, config, groups)
+    return WholeSamples(documents, config.seq_length, content, stream, bounds)
+
+
+def _open_stream(
+    documents: Documents,
+    chosen: range,
+    num_samples: int | None,
+    key: dict[str, Any],
+    config: NeoXConfig,
+    groups: ProcessGroups,
+) -> StreamSamples:
+    prefix = documents.prefix
+    tokens = int(documents.lengths[chosen.start : chosen.stop].sum(dtype=np.int64))
+    if tokens == 0:
+        raise DataError(f"documents {chosen.start} to {chosen.stop - 1} of {prefix} have no tokens")
+    if tokens <= config.seq_length:
+        short = (
+            f"documents {chosen.start} to {chosen.stop - 1} of {prefix} have {tokens} tokens, but "
+            f"a sample takes seq_length + 1 = {config.seq_length + 1}"
+        )
+        if num_samples is None:
+            raise DataError(
+                f"{short}: there is not one sample in an epoch. Shorten seq_length, or say "
+                "train_iters, which repeats documents within a sample"
+            )
+        log.warning(f"{short}: the same documents are repeated within each sample")
+    epochs = 1 if num_samples is None else epochs_needed(tokens, config.seq_length, num_samples)
+
+    def build() -> Arrays:
+        log.info(f"shuffling {len(chosen)} documents of {prefix}, epochs: {epochs} ...")
+        return stream_order(documents.lengths, chosen, config.seq_length, epochs, config.seed)
+
     names = ("documents", "starts")
+    key = key | {"epochs": epochs}
     stream, starts_N2 = cached_arrays(prefix, names, key, build, config, groups)
-    return PackedSamples(indexed, stream, starts_N2, config.seq_length, vocab_size)
+    facts = key["content"] | {"epochs": epochs}
+    return StreamSamples(documents, config.seq_length, facts, stream, starts_N2)
 
 
-def epochs_needed(tokens: int, seq_length: int, num_samples: int) -> int:
-    """The smallest e >= 1 with (e * tokens - 1) // seq_length >= num_samples.
-
-    n samples take n * seq_length + 1 tokens, because neighbours share one.
-    """
-    return max(1, -(-(num_samples * seq_length + 1) // tokens))
-
-
-def build_order(
-    lengths: np.ndarray, documents: range, seq_length: int, epochs: int, seed: int
-) -> Arrays:
-    """(documents int32 [epochs * len(documents)], starts int32 or int64 [samples, 2]).
-
-    One generator shuffles first the documents, all epochs together, and then the samples.
-    """
-    random = np.random.RandomState(seed)
-    stream = np.tile(np.arange(documents.start, documents.stop, dtype=np.int32), epochs)
-    random.shuffle(stream)
-    tokens = int(lengths[documents.start : documents.stop].sum(dtype=np.int64))
-    starts = build_sample_index(lengths, stream, seq_length, epochs, tokens)[:-1]
-    order = np.arange(len(starts), dtype=np.uint32 if len(starts) < 2**32 - 1 else np.int64)
-    random.shuffle(order)
-    return stream, starts[order]
+def _usable(documents: Documents, chosen: range, config: NeoXConfig) -> np.ndarray:
+    """int32: the documents that make a sample by themselves. DataError when there are none."""
+    room = config.seq_length + 1
+    lengths = documents.lengths[chosen.start : chosen.stop]
+    keep = lengths >= 2
+    why = {"shorter than 2 tokens": ~keep}
+    if not config.allow_chopped:
+        why[f"longer than seq_length + 1 = {room} tokens (allow_chopped: false)"] = lengths > room
+        keep = keep & (lengths <= room)
+    if documents.has_labels:
+        counts = documents.count_labels(chosen, room)
+        why["without a label that counts"] = keep & (counts == 0)
+        keep = keep & (counts > 0)
+    dropped = ", ".join(f"{int(which.sum())} {what}" for what, which in why.items() if which.any())
+    if not keep.any():
+        raise DataError(
+            f"documents {chosen.start} to {chosen.stop - 1} of {documents.prefix} make no sample "
+            f"with pack_impl: {config.pack_impl}: {dropped}"
+        )
+    if dropped:
+        log.info(f"{documents.prefix}: left out {dropped}, of {len(chosen)} documents")
+    return np.flatnonzero(keep).astype(np.int32) + np.int32(chosen.start)
