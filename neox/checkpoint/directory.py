@@ -102,7 +102,7 @@ def write_checkpoint(
             (aside / "configs").mkdir(parents=True)
             for name, text in configs.items():
                 path = aside / "configs" / Path(name).name
-                entries[f"configs/{path.name}"] = _write(path, text.encode())
+                entries[f"configs/{path.name}"] = write_file(path, text.encode())
 
     def finish() -> None:
         if groups.rank == 0:
@@ -204,7 +204,8 @@ def _reason(error: OSError) -> str:
     return error.strerror or str(error)
 
 
-def _write(path: Path, data: bytes) -> Entry:
+def write_file(path: Path, data: bytes) -> Entry:
+    """Write and flush to the disk. Raises OSError."""
     hasher = Hasher()
     hasher.update(data)
     with open(path, "wb") as file:
@@ -217,7 +218,8 @@ def _write(path: Path, data: bytes) -> Entry:
 def _put_in_place(aside: Path, final: Path) -> None:
     """Rename what is whole to its name, and have `latest` name it. Each step survives a crash."""
     directory, unfinished = final.parent, aside.parent
-    _write(unfinished / "latest", final.name.encode())  # the last that a full disk could prevent
+    # The last that a full disk could prevent.
+    write_file(unfinished / "latest", final.name.encode())
     if final.exists():
         final.rename(unfinished / f"{final.name}{_REPLACED}")
     aside.rename(final)

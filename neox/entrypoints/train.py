@@ -42,6 +42,7 @@ def main(config: NeoXConfig, groups: ProcessGroups) -> None:
 
 def _run(config: NeoXConfig, groups: ProcessGroups) -> None:
     tokenizer = build_tokenizer(config)
+    scores = _task_scores(config, groups, tokenizer)
     if config.zero_stage == 0:
         log.info("zero_optimization: stage 0 runs as stage 1, the same arithmetic in less memory")
     start = find_start(config, groups)
@@ -50,7 +51,6 @@ def _run(config: NeoXConfig, groups: ProcessGroups) -> None:
             f"train_iters ({config.train_iters}) is reached: nothing to train, only evaluating"
         )
     rows = _vocabulary_rows(config, start.checkpoint, tokenizer)
-    scores = _task_scores(config, groups, tokenizer, rows)
     log.info(
         f"model: {count_parameters(config, rows):,} parameters, "
         f"vocabulary {tokenizer.vocab_size} padded to {rows}; "
@@ -63,15 +63,20 @@ def _run(config: NeoXConfig, groups: ProcessGroups) -> None:
     if start.with_optimizer:
         assert start.checkpoint is not None
         scratch = Path(config.save or start.checkpoint.folder.parent)
-        saved = engine.load_optimizer(start.checkpoint, scratch).get("optimizer_type")
+        state = engine.load_optimizer(start.checkpoint, scratch)
+        saved = state.get("optimizer_type")
         if saved not in (None, config.optimizer_type):  # None: not written by this program
             raise CheckpointError(
                 f"{start.checkpoint.folder}: its optimizer state is that of {saved}, and this "
                 f"run's optimizer is {config.optimizer_type}. Set no_load_optim: true to start a "
                 "fresh one."
             )
+        if isinstance(state.get("data"), dict) and loaders.train is not None:
+            warn_of_change(state["data"], order_facts(config, loaders.train))
 
-    evaluations = Evaluations(config, groups, engine, loaders, tokenizer, scores)
+    evaluations = Evaluations(config, groups, engine, loaders, tokenizer, rows, scores)
+    if start.checkpoint is not None:
+        evaluations.check_fingerprint(start.checkpoint.folder)
     with RunLog(config, groups, iteration=start.iteration, padded_vocab_size=rows) as run:
         iteration = train(config, groups, engine, loaders, evaluations, run, start.iteration, rows)
         for chart, data, metrics in evaluations.at_the_end(iteration):
@@ -79,15 +84,13 @@ def _run(config: NeoXConfig, groups: ProcessGroups) -> None:
                 run.evaluation(chart, iteration, metrics, f"the end of training for {data} data")
 
 
-def _task_scores(
-    config: NeoXConfig, groups: ProcessGroups, tokenizer: Tokenizer, rows: int
-) -> Scores | None:
+def _task_scores(config: NeoXConfig, groups: ProcessGroups, tokenizer: Tokenizer) -> Scores | None:
     """Of eval_tasks, if there are any: lm-eval takes seconds to import."""
     if not config.eval_tasks:
         return None
     from neox.evaluation.while_training import TaskScores
 
-    return TaskScores(config, groups, tokenizer, rows)
+    return TaskScores(config, groups, tokenizer)
 
 
 def _vocabulary_rows(

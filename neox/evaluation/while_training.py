@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import random
 
-import torch
-
 from neox import log
 from neox.config import NeoXConfig
-from neox.engine.base import Engine
 from neox.evaluation.run import metrics, score
 from neox.evaluation.tasks import load_tasks
 from neox.inference.stages import InferenceModel
-from neox.model.gpt import torch_dtype
 from neox.parallel.groups import ProcessGroups
 from neox.tokenizer import Tokenizer
 
@@ -28,49 +24,31 @@ class TaskScores:
     ConfigError and DataError as in `load_tasks`. Not collective.
     """
 
-    def __init__(
-        self,
-        config: NeoXConfig,
-        groups: ProcessGroups,
-        tokenizer: Tokenizer,
-        padded_vocab_size: int,
-    ) -> None:
+    def __init__(self, config: NeoXConfig, groups: ProcessGroups, tokenizer: Tokenizer) -> None:
         self._config = config
         self._groups = groups
         self._tokenizer = tokenizer
-        self._rows = padded_vocab_size
         self._tasks = load_tasks(config)
-        self._last: tuple[int, dict[str, float]] | None = None
 
-    def at(self, iteration: int, engine: Engine) -> dict[str, float]:
-        """`{task}_{metric}` -> score of `engine`'s model after `iteration` steps.
+    def __call__(self, model: InferenceModel, iteration: int) -> dict[str, float]:
+        """`{task}_{metric}` -> score of the model after `iteration` steps.
 
-        Computed once for an iteration. Every rank gets the scores, rank 0 alone their standard
-        errors; {} and a warning where the model computes NaN. The engine, the precision of its
-        model and the random numbers that follow are as before. Collective over the world.
+        Every rank gets the scores, rank 0 alone their standard errors; {} and a warning where the
+        model computes NaN. Collective over the world.
         """
-        if self._last is None or self._last[0] != iteration:
-            self._last = (iteration, self._score(iteration, engine))
-        return self._last[1]
-
-    def _score(self, iteration: int, engine: Engine) -> dict[str, float]:
         from neox.evaluation.adapter import NotFiniteError
 
-        config, groups = self._config, self._groups
-        devices = [groups.device] if groups.device.type == "cuda" else []
         state = random.getstate()  # tasks' own code may draw
         try:
-            with torch.random.fork_rng(devices), engine.lend() as stage:
-                model = InferenceModel(config, groups, stage, self._rows, torch_dtype(config.dtype))
-                results = score(
-                    config,
-                    model,
-                    self._tokenizer,
-                    groups,
-                    self._tasks,
-                    bootstrap_iterations=BOOTSTRAP_ITERATIONS,
-                    together=True,
-                )
+            results = score(
+                self._config,
+                model,
+                self._tokenizer,
+                self._groups,
+                self._tasks,
+                bootstrap_iterations=BOOTSTRAP_ITERATIONS,
+                together=True,
+            )
         except NotFiniteError:
             log.warning(
                 f"eval_tasks: no scores at iteration {iteration}, since the model's logits are not "

@@ -13,6 +13,7 @@ from neox.checkpoint.verify import tell_newer, telling_another
 from neox.checkpoint.vocabulary import padded_vocab_size
 from neox.config import NeoXConfig
 from neox.errors import CheckpointError
+from neox.inference.fingerprint import verify
 from neox.inference.stages import InferenceModel
 from neox.model.gpt import Layer, build_layers, layers, partition, torch_dtype
 from neox.model.layout import pad_vocab_size
@@ -73,4 +74,7 @@ def load_model(
             bar.update()
 
         stage = build_layers(wanted, fill)
-    return InferenceModel(config, groups, stage, rows, dtype)
+    loaded = InferenceModel(config, groups, stage, rows, dtype)
+    if config.checkpoint_validation_with_forward_pass:
+        verify(loaded, checkpoint.folder)
+    return loaded

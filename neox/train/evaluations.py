@@ -3,36 +3,51 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
 
 from neox.config import NeoXConfig
 from neox.data.loaders import Batch, Loaders
 from neox.engine.base import Engine
+from neox.inference.fingerprint import FILE, take, verify
+from neox.inference.stages import InferenceModel
+from neox.model.gpt import torch_dtype
 from neox.parallel.groups import ProcessGroups
 from neox.tokenizer import Tokenizer
 
 MOST_NATS = 20.0  # upstream's cap: a diverged model's perplexity stays a number
 
 
-class Scores(Protocol):
-    """Of tasks; neox.evaluation has them."""
-
-    def at(self, iteration: int, engine: Engine) -> dict[str, float]:
-        """By `{task}_{metric}`, after `iteration` steps. Collective over the world."""
+Scores = Callable[[InferenceModel, int], dict[str, float]]  # of tasks, after so many steps
 
 
-@dataclass(frozen=True)
 class Evaluations:
-    """All methods are collective over the world; every rank makes one."""
+    """All methods are collective over the world; every rank makes one.
 
-    config: NeoXConfig
-    groups: ProcessGroups
-    engine: Engine
-    loaders: Loaders
-    tokenizer: Tokenizer
-    scores: Scores | None = None  # of eval_tasks
+    The engine, its precision and the random numbers that follow are the same after each.
+    """
+
+    def __init__(
+        self,
+        config: NeoXConfig,
+        groups: ProcessGroups,
+        engine: Engine,
+        loaders: Loaders,
+        tokenizer: Tokenizer,
+        padded_vocab_size: int,
+        task_scores: Scores | None = None,
+    ) -> None:
+        self.config = config
+        self.groups = groups
+        self.engine = engine
+        self.loaders = loaders
+        self.tokenizer = tokenizer
+        self.padded_vocab_size = padded_vocab_size
+        self._task_scores = task_scores
+        self._scored: tuple[int, dict[str, float]] | None = None  # the last iteration, its scores
 
     def validate(self, iteration: int) -> dict[str, float]:
         """Metrics on the next validation batches and on the tasks; {} where there is neither."""
@@ -50,8 +65,37 @@ class Evaluations:
         yield "validation", "val", self.validate(iteration)
         yield "test", "test", self.test(iteration)
 
+    def fingerprint(self) -> dict[str, bytes]:
+        """A checkpoint's file, by name, for checkpoint_validation_with_forward_pass."""
+        if not self.config.checkpoint_validation_with_forward_pass:
+            return {}
+        with self._model() as model:
+            return {FILE: take(model, self.tokenizer.vocab_size).encode()}
+
+    def check_fingerprint(self, folder: Path) -> None:
+        """Compare the weights that came from `folder`, if asked for. Raises CheckpointError."""
+        if self.config.checkpoint_validation_with_forward_pass:
+            with self._model() as model:
+                verify(model, folder)
+
+    @contextmanager
+    def _model(self) -> Iterator[InferenceModel]:
+        """The engine's own model, for forward passes between two steps."""
+        config, device = self.config, self.groups.device
+        devices = [device] if device.type == "cuda" else []
+        with torch.random.fork_rng(devices), self.engine.lend() as stage:
+            yield InferenceModel(
+                config, self.groups, stage, self.padded_vocab_size, torch_dtype(config.dtype)
+            )
+
     def _scores(self, iteration: int) -> dict[str, float]:
-        return {} if self.scores is None else self.scores.at(iteration, self.engine)
+        """Of the tasks, which are the same for validation and test."""
+        if self._task_scores is None:
+            return {}
+        if self._scored is None or self._scored[0] != iteration:
+            with self._model() as model:
+                self._scored = (iteration, self._task_scores(model, iteration))
+        return self._scored[1]
 
     def _losses(self, batches: Iterator[Batch]) -> dict[str, float]:
         """Mean loss and perplexity over `eval_iters` global batches."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from neox.checkpoint.directory import keep_last, write_checkpoint
-from neox.checkpoint.manifest import HAS_MANIFEST
+from neox.checkpoint.directory import keep_last, write_checkpoint, write_file
+from neox.checkpoint.manifest import HAS_MANIFEST, Entry
 from neox.config import NeoXConfig
 from neox.config.architecture import architecture
 from neox.data.loaders import Loaders
@@ -34,7 +34,7 @@ def train(
     """
     assert config.train_iters is not None and loaders.train is not None, "checked before"
     if iteration == 0 and is_save_iteration(config, 0):
-        save(config, groups, engine, run, 0, padded_vocab_size)
+        save(config, groups, engine, evaluations, run, 0, padded_vocab_size)
     while iteration < config.train_iters:
         iteration += 1
         started = time.perf_counter()
@@ -53,7 +53,7 @@ def train(
         if iteration % config.eval_interval == 0 and (found := evaluations.validate(iteration)):
             run.evaluation("validation", iteration, found)
         if is_save_iteration(config, iteration):
-            save(config, groups, engine, run, iteration, padded_vocab_size)
+            save(config, groups, engine, evaluations, run, iteration, padded_vocab_size)
         if config.exit_interval and iteration % config.exit_interval == 0:
             break
     return iteration
@@ -63,6 +63,7 @@ def save(
     config: NeoXConfig,
     groups: ProcessGroups,
     engine: Engine,
+    evaluations: Evaluations,
     run: RunLog,
     iteration: int,
     padded_vocab_size: int,
@@ -75,10 +76,18 @@ def save(
         "optimizer_type": config.optimizer_type,
         HAS_MANIFEST: True,
     }
+    texts = evaluations.fingerprint()
+
+    def write(aside: Path) -> dict[str, Entry]:
+        written = engine.save(aside, state)
+        if groups.rank == 0:
+            written |= {name: write_file(aside / name, text) for name, text in texts.items()}
+        return written
+
     folder = write_checkpoint(
         directory,
         iteration,
-        lambda aside: engine.save(aside, state),
+        write,
         config.config_files or {},
         groups,
         grid={"tp": groups.tp, "pp": groups.pp, "dp": groups.dp},
