@@ -10,7 +10,8 @@ from neox.checkpoint.lock import saving_alone
 from neox.checkpoint.neox import Checkpoint
 from neox.checkpoint.vocabulary import padded_vocab_size
 from neox.config import NeoXConfig
-from neox.data.loaders import build_loaders
+from neox.data.changes import order_facts, warn_of_change
+from neox.data.loaders import build_loaders, settle_iterations
 from neox.engine.build import build_engine
 from neox.errors import CheckpointError, ConfigError
 from neox.model.gpt import count_parameters
@@ -42,6 +43,7 @@ def main(config: NeoXConfig, groups: ProcessGroups) -> None:
 
 def _run(config: NeoXConfig, groups: ProcessGroups) -> None:
     tokenizer = build_tokenizer(config)
+    config = settle_iterations(config, groups, vocab_size=tokenizer.vocab_size)
     scores = _task_scores(config, groups, tokenizer)
     if config.zero_stage == 0:
         log.info("zero_optimization: stage 0 runs as stage 1, the same arithmetic in less memory")

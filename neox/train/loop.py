@@ -9,19 +9,23 @@ from neox.checkpoint.directory import keep_last, write_checkpoint, write_file
 from neox.checkpoint.manifest import HAS_MANIFEST, Entry
 from neox.config import NeoXConfig
 from neox.config.architecture import architecture
+from neox.data.changes import order_facts
 from neox.data.loaders import Loaders
-from neox.engine.base import Engine
+from neox.engine.deepspeed import DeepSpeedEngine
+from neox.engine.observe import Observation
 from neox.parallel.groups import ProcessGroups
 from neox.train.cadence import is_save_iteration
+from neox.train.divergence import Guard
 from neox.train.evaluations import Evaluations
 from neox.train.metrics import RunLog, StepResult
+from neox.train.profiling import Profiler
 from neox.train.schedule import rate_reported, rate_used
 
 
 def train(
     config: NeoXConfig,
     groups: ProcessGroups,
-    engine: Engine,
+    engine: DeepSpeedEngine,
     loaders: Loaders,
     evaluations: Evaluations,
     run: RunLog,
@@ -33,12 +37,18 @@ def train(
     Collective over the world.
     """
     assert config.train_iters is not None and loaders.train is not None, "checked before"
+    observation = Observation(engine, config)
+    guard = Guard(config, groups, engine, loaders.train)
+    profiler = Profiler(config, groups)
+    batches = observation.batches(loaders.train)
     if iteration == 0 and is_save_iteration(config, 0):
         save(config, groups, engine, evaluations, run, 0, padded_vocab_size)
     while iteration < config.train_iters:
         iteration += 1
+        observation.start()
         started = time.perf_counter()
-        step = engine.train_batch(loaders.train, iteration, rate_used(config, iteration))
+        with profiler.iteration(iteration):
+            step = engine.train_batch(batches, iteration, rate_used(config, iteration))
         run.train_step(
             iteration,
             StepResult(
@@ -48,21 +58,25 @@ def train(
                 skipped=step.skipped,
                 loss_scale=step.loss_scale,
                 seconds=time.perf_counter() - started,
+                timers=observation.timers(),
+                norms=observation.norms(),
             ),
         )
+        guard.check(iteration, step)
         if iteration % config.eval_interval == 0 and (found := evaluations.validate(iteration)):
             run.evaluation("validation", iteration, found)
         if is_save_iteration(config, iteration):
             save(config, groups, engine, evaluations, run, iteration, padded_vocab_size)
         if config.exit_interval and iteration % config.exit_interval == 0:
             break
+    profiler.close(iteration)
     return iteration
 
 
 def save(
     config: NeoXConfig,
     groups: ProcessGroups,
-    engine: Engine,
+    engine: DeepSpeedEngine,
     evaluations: Evaluations,
     run: RunLog,
     iteration: int,
@@ -70,11 +84,13 @@ def save(
 ) -> None:
     """Write a checkpoint and prune old ones. Collective over the world. CheckpointError."""
     assert config.save is not None
+    run.flush()
     directory = Path(config.save)
     state = {
         "iteration": iteration,
         "optimizer_type": config.optimizer_type,
         HAS_MANIFEST: True,
+        "data": order_facts(config, evaluations.loaders.train),
     }
     texts = evaluations.fingerprint()
 
