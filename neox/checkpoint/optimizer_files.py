@@ -73,10 +73,10 @@ def optimizer_files(folder: Path, tp: int) -> OptimizerFiles | None:
 
 
 def has_plain_state(folder: Path) -> bool:
-    """Whether the mp_rank files hold Adam's state, as upstream's do without ZeRO.
+    """Whether the mp_rank files hold the optimizer's state, as without ZeRO.
 
     Raises CheckpointError.
     """
     path = model_file(folder, 0)
     optimizer = load_model_file(path).get("optimizer") if path.is_file() else None
-    return isinstance(optimizer, dict) and bool(optimizer.get("state"))
+    return isinstance(optimizer, dict) and "param_groups" in optimizer

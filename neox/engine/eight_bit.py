@@ -70,6 +70,10 @@ def is_eight_bit(optimizer: Optimizer) -> bool:
     return type(optimizer).__module__.startswith("bitsandbytes.")
 
 
+def state_bits(optimizer: Optimizer) -> int:
+    return 8 if is_eight_bit(optimizer) else 32
+
+
 def quantize(optimizer: Any, parameter: Tensor) -> None:
     """Make 8-bit Adam's own state of a parameter from `exp_avg`, `exp_avg_sq` and `step`.
 

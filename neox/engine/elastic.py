@@ -29,6 +29,7 @@ from deepspeed.checkpoint.constants import (
     SUB_PARAM_SHAPE,
 )
 from deepspeed.checkpoint.universal_checkpoint import SubparamShape
+from torch.optim import Optimizer
 from torch.utils.serialization import config as serialization
 
 from neox import log
@@ -37,6 +38,7 @@ from neox.checkpoint.files import save_file
 from neox.checkpoint.sources import model_file
 from neox.engine.checkpoint_engine import KNOWN_CLASSES
 from neox.engine.eight_bit import is_eight_bit, quantize
+from neox.engine.optimizers import check_state, step_counter
 from neox.engine.saved_state import SavedState, parameter_name
 from neox.errors import CheckpointError
 from neox.model.gpt import Layer
@@ -51,15 +53,16 @@ def universal_checkpoint(
     directory: Path,
     groups: ProcessGroups,
     *,
+    optimizer: Optimizer,
     pipelined: bool,
     keep_loss_scale: bool,
 ) -> Iterator[Path]:
     """A universal checkpoint of the state that `read` opens, as a folder in `directory`.
 
     Every rank must see the directory: they share the work. The folder is deleted at the end, also
-    after a failure. `pipelined` tells which of DeepSpeed's modules will load it, by whose names;
-    `keep_loss_scale`, that fp16's goes on where it was. Collective over the world. Raises
-    CheckpointError on every rank for what goes wrong on any.
+    after a failure. It is for torch's `optimizer`; `pipelined` tells which of DeepSpeed's modules
+    will load it, by whose names; `keep_loss_scale`, that fp16's goes on where it was. Collective
+    over the world. Raises CheckpointError on every rank for what goes wrong on any.
     """
 
     def make() -> Path | None:
@@ -71,7 +74,10 @@ def universal_checkpoint(
 
     def write() -> None:
         assert folder is not None
-        _write(folder, read(), layers, groups, pipelined, keep_loss_scale)
+        state = read()
+        _write_parameters(folder, state, layers, groups, optimizer, pipelined)
+        if groups.rank == 0:
+            _write_the_rest(folder, state, keep_loss_scale)
 
     folder = None
     try:
@@ -91,15 +97,15 @@ def universal_checkpoint(
                 folder.parent.rmdir()
 
 
-def _write(
+def _write_parameters(
     target: Path,
     state: SavedState,
     layers: list[Layer],
     groups: ProcessGroups,
+    optimizer: Optimizer,
     pipelined: bool,
-    keep_loss_scale: bool,
 ) -> None:
-    """This rank's share of the files. Raises CheckpointError and OSError."""
+    """This rank's share of the parameters. Raises CheckpointError and OSError."""
     parameters = [
         (layer, name, layout)
         for layer in layers
@@ -112,6 +118,7 @@ def _write(
     with log.progress(total=len(mine), desc="optimizer state", unit="tensor") as bar:
         for layer, name, layout in mine:
             found = state.of((layer.index, name), layout)
+            check_state(optimizer, found.shards)
             folder = zero / parameter_name(layer, name, pipelined=pipelined)
             folder.mkdir()
             for kind, whole in found.whole(layout).items():
@@ -119,13 +126,15 @@ def _write(
             if found.step is not None:
                 save_file(torch.tensor(found.step), folder / "step.pt")
             bar.update()
-    if groups.rank == 0:
-        kept = (LOSS_SCALER, "dynamic_loss_scale", "overflow") if keep_loss_scale else ()
-        shared = {key: state.shared[key] for key in kept if key in state.shared}
-        # No settings for the optimizer's groups, of which there are up to two: they have theirs.
-        shared |= {DS_VERSION: deepspeed.__version__, PARAM_GROUPS: [{}, {}]}
-        save_file(shared, zero / "optimizer_state.pt")
-        save_file({**state.model, "mp_world_size": 1}, model_file(target, 0))
+
+
+def _write_the_rest(target: Path, state: SavedState, keep_loss_scale: bool) -> None:
+    kept = (LOSS_SCALER, "dynamic_loss_scale", "overflow") if keep_loss_scale else ()
+    shared = {key: state.shared[key] for key in kept if key in state.shared}
+    # No settings for the optimizer's groups, of which there are up to two: they have theirs.
+    shared |= {DS_VERSION: deepspeed.__version__, PARAM_GROUPS: [{}, {}]}
+    save_file(shared, target / "zero" / "optimizer_state.pt")
+    save_file({**state.model, "mp_world_size": 1}, model_file(target, 0))
 
 
 def _cut(layout: ParamLayout) -> dict[str, Any]:
@@ -157,6 +166,6 @@ def load_universal(inner: Any, folder: Path) -> dict[str, Any]:
     for parameter, values in list(base.state.items()):
         if is_eight_bit(base):
             quantize(base, parameter)
-        elif "step" in values:  # on the CPU and in the file, and fused Adam wants it elsewhere
-            values["step"] = values["step"].to(parameter.device, copy=True)
+        elif "step" in values:  # in the file, on the CPU
+            values["step"] = step_counter(base, parameter, float(values["step"]))
     return state

@@ -6,14 +6,22 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from neox.config import NeoXConfig
 from neox.engine.eight_bit import build_adam8bit
 from neox.engine.lion import Lion
 from neox.engine.madgrad import MadgradWD
-from neox.errors import ConfigError
+from neox.errors import CheckpointError, ConfigError
+
+# Kinds of state for each weight; the last of MADGRAD's is without momentum.
+_KINDS: dict[str, list[set[str]]] = {
+    "adam": [{"exp_avg", "exp_avg_sq"}],
+    "lion": [{"exp_avg"}],
+    "sgd": [{"momentum_buffer"}],
+    "madgrad_wd": [{"grad_sum_sq", "s", "x0"}, {"grad_sum_sq", "s"}],
+}
 
 
 def parameter_groups(
@@ -65,6 +73,36 @@ def build_optimizer(config: NeoXConfig, parameters: Iterable[nn.Parameter]) -> O
         return DeepSpeedCPUAdam(groups, adamw_mode=decoupled, **settings)
     kinds = {True: torch.optim.AdamW, False: torch.optim.Adam}
     return kinds[decoupled](groups, fused=True, **settings)
+
+
+def state_name(optimizer: Optimizer) -> str:
+    """What the optimizer's state is that of, as `NeoXConfig.optimizer_state` says it."""
+    names = {torch.optim.SGD: "sgd", Lion: "lion", MadgradWD: "madgrad_wd"}
+    return names.get(type(optimizer), "adam")
+
+
+def check_state(optimizer: Optimizer, kinds: Iterable[str]) -> None:
+    """Raises CheckpointError when saved state of these kinds is another optimizer's.
+
+    None at all goes with every optimizer: there was no step yet, or SGD without momentum.
+    """
+    found = set(kinds) - {"fp32"}
+    name = state_name(optimizer)
+    if found and found not in _KINDS[name]:
+        known = [other for other, sets in _KINDS.items() if found in sets]
+        whose = (
+            f"that of {known[0]}"
+            if known
+            else f"of kinds unknown here ({', '.join(sorted(found))})"
+        )
+        raise CheckpointError(f"the optimizer state is {whose}, and this run's optimizer is {name}")
+
+
+def step_counter(optimizer: Optimizer, parameter: Tensor, step: float) -> Tensor | int:
+    """The number of steps taken as the optimizer counts them in its state."""
+    if isinstance(optimizer, torch.optim.Adam | MadgradWD):  # AdamW is an Adam
+        return torch.tensor(step, device=parameter.device)
+    return int(step)
 
 
 def _params(group: dict[str, Any]) -> list[nn.Parameter]:

@@ -52,9 +52,15 @@ class ParameterState:
 
     def whole(self, layout: ParamLayout) -> dict[str, Tensor]:
         """The whole tensor of each kind."""
-        if layout.split is Split.PARTIAL_SUM:  # a summand in layer files only: in memory it's whole
-            layout = replace(layout, split=Split.REPLICATED)
+        layout = in_memory(layout)
         return {kind: reshard(shards, layout, 0, 1) for kind, shards in self.shards.items()}
+
+
+def in_memory(layout: ParamLayout) -> ParamLayout:
+    """How a parameter's state is held: whole where it is a summand in layer files."""
+    if layout.split is Split.PARTIAL_SUM:
+        return replace(layout, split=Split.REPLICATED)
+    return layout
 
 
 class SavedState(Protocol):

@@ -6,6 +6,7 @@ import contextlib
 import io
 import logging
 import pickle
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from neox.config import NeoXConfig
 from neox.engine.base import Engine
 from neox.engine.build import build_engine
 from neox.engine.deepspeed import DeepSpeedEngine
+from neox.engine.plain_state import PlainState
 from neox.engine.saved_state import ZeroState
 from neox.errors import CheckpointError
 from neox.model.gpt import layers as model_layers
@@ -31,6 +33,8 @@ from tests.world import World
 
 BEFORE = 3  # steps that the first run takes before it saves
 NO_PIPELINE = {"pipe_parallel_size": 0}
+ZERO_0 = {"zero_optimization": {"stage": 0}}
+ZERO_1 = {"zero_optimization": {"stage": 1}}
 
 
 def engine_of(
@@ -40,7 +44,7 @@ def engine_of(
     rows: int = VOCAB,
 ) -> tuple[DeepSpeedEngine, NeoXConfig, ProcessGroups]:
     groups = initialize(topology, "gloo", torch.device("cpu"))
-    settings = {"pipe_parallel_size": topology.pp, "optimizer": OPTIMIZER, **values}
+    settings = {"pipe_parallel_size": topology.pp, "optimizer": OPTIMIZER, **ZERO_1, **values}
     config = config_of(
         world_size=topology.world_size,
         model_parallel_size=topology.tp,
@@ -87,17 +91,19 @@ def go_on(
 
 def whole_state(folder: Path, values: dict[str, Any], rows: int = VOCAB) -> dict[str, Tensor]:
     """Every parameter's whole state by layer, name and kind."""
-    layers = model_layers(config_of(**values), rows, torch.float32, ProcessGroups.single())
-    files = optimizer_files(folder, Checkpoint.open(folder).tp)
-    assert files is not None
-    saved = ZeroState(folder, files, layers)
+    single = ProcessGroups.single()
+    layers = model_layers(config_of(**values), rows, torch.float32, single)
+    checkpoint = Checkpoint.open(folder)
+    files = optimizer_files(folder, checkpoint.tp)
+    saved = ZeroState(folder, files, layers) if files else PlainState(checkpoint)
     found = {}
     for layer in layers:
         if layer.has_file:
             assert layer.layout is not None
+            weights = checkpoint.read(layer, single)
             for name, layout in layer.layout.items():
                 state = saved.of((layer.index, name), layout)
-                for kind, tensor in state.whole(layout).items():
+                for kind, tensor in ({"fp32": weights[name]} | state.whole(layout)).items():
                     found[f"{layer.index}.{name}.{kind}"] = tensor
                 found[f"{layer.index}.{name}.step"] = torch.tensor(state.step or 0.0)
     return found
@@ -139,7 +145,7 @@ def test_every_grid_of_four_ranks_and_one_rank(world: World, tmp_path: Path) -> 
         tmp_path,
         {"num_layers": 4},
         (Topology(tp=2, pp=2), {}),
-        [(topology, {}) for topology in grids],
+        [(topology, zero) for topology, zero in zip(grids, cycle((ZERO_1, ZERO_0)), strict=False)],
         steps=20,
     )
     assert {name.rpartition(".")[2] for name in state} == {"fp32", "exp_avg", "exp_avg_sq", "step"}
@@ -185,6 +191,8 @@ def test_float16s_loss_scale_goes_on_but_not_that_of_another_precision(
 
 SGD = {"type": "SGD", "params": {"lr": 0.01}}
 HEAVY_BALL = {"type": "SGD", "params": {"lr": 0.01, "momentum": 0.9}}
+LION = {"type": "Lion", "params": {"lr": 0.01}}
+MADGRAD = {"type": "madgrad_wd", "params": {"lr": 0.01}}
 TP2PP2, DP2, ONE = Topology(tp=2, pp=2), Topology(dp=2), Topology()
 
 
@@ -202,7 +210,12 @@ TP2PP2, DP2, ONE = Topology(tp=2, pp=2), Topology(dp=2), Topology()
         (
             {"no_weight_tying": False, "pos_emb": "learned"},
             (TP2PP2, {}),
-            [(Topology(tp=2), NO_PIPELINE), (Topology(pp=2, dp=2), {})],
+            [(Topology(tp=2), NO_PIPELINE), (Topology(pp=2, dp=2), {}), (TP2PP2, ZERO_0)],
+        ),
+        (
+            {"no_weight_tying": False, "pos_emb": "learned"},
+            (TP2PP2, ZERO_0),
+            [(Topology(tp=2), NO_PIPELINE | ZERO_0), (Topology(pp=2, dp=2), {}), (ONE, ZERO_0)],
         ),
         (
             {"no_weight_tying": False},
@@ -215,7 +228,12 @@ TP2PP2, DP2, ONE = Topology(tp=2, pp=2), Topology(dp=2), Topology()
             [(Topology(tp=4), {}), (ONE, {})],
         ),
         ({"optimizer": HEAVY_BALL}, (Topology(tp=2, dp=2), {}), [(Topology(pp=2), {})]),
-        ({"optimizer": SGD}, (TP2PP2, {}), [(DP2, {})]),
+        ({"optimizer": HEAVY_BALL}, (DP2, ZERO_0), [(Topology(pp=2), ZERO_0)]),
+        ({"optimizer": SGD}, (TP2PP2, {}), [(DP2, {}), (ONE, ZERO_0)]),
+        ({"optimizer": SGD}, (TP2PP2, ZERO_0), [(DP2, {})]),
+        ({"optimizer": LION}, (Topology(tp=2, dp=2), {}), [(Topology(pp=2), {}), (DP2, ZERO_0)]),
+        ({"optimizer": MADGRAD}, (DP2, ZERO_0), [(Topology(tp=2, pp=2), {}), (ONE, ZERO_0)]),
+        ({"optimizer": MADGRAD}, (TP2PP2, {}), [(DP2, {}), (Topology(tp=2), ZERO_0)]),
         # The same grid with the layers divided otherwise: a large embedding has a stage's half.
         (
             {"num_layers": 4, "pos_emb": "learned", "max_position_embeddings": 1024},
@@ -223,7 +241,10 @@ TP2PP2, DP2, ONE = Topology(tp=2, pp=2), Topology(dp=2), Topology()
             [(Topology(pp=2), {"pipe_partition_method": "uniform"})],
         ),
     ],
-    ids=["llama", "geglu", "tied", "tied0", "zero2", "momentum", "sgd", "partition"],
+    ids=[
+        *("llama", "geglu", "tied", "tied_zero0", "tied0", "zero2", "momentum", "momentum_zero0"),
+        *("sgd", "sgd_zero0", "lion", "madgrad_zero0", "madgrad", "partition"),
+    ],
 )
 def test_every_layout_engine_and_optimizer(
     world: World,
@@ -242,7 +263,12 @@ def test_bfloat16_keeps_its_float32_weights(world: World, tmp_path: Path) -> Non
         tmp_path,
         {},
         (TP2PP2, bf16),
-        [(DP2, bf16), (Topology(tp=2), bf16 | NO_PIPELINE), (ONE, {"precision": "fp32"})],
+        [
+            (DP2, bf16),
+            (Topology(tp=2), bf16 | NO_PIPELINE),
+            (ONE, {"precision": "fp32"}),
+            (DP2, {"precision": "fp32", **ZERO_0}),
+        ],
         abs=0.03,
     )
     masters = [tensor for name, tensor in state.items() if name.endswith(".fp32")]
