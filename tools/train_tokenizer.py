@@ -72,8 +72,8 @@ def texts(inputs: Sequence[str], key: str) -> Iterator[str]:
     size = sum(file.stat().st_size for file in files)
     with log.progress(total=size, desc="reading", unit="B") as bar:
         for chunk in read_chunks(files):
-            for _, (text,) in chunk.documents([key]):
-                yield text
+            for record in chunk.records():
+                yield from record.texts([key])
             bar.update(chunk.bytes_read - bar.n)
 
 

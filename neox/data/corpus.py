@@ -1,81 +1,104 @@
-"""Raw text corpora: JSON Lines (plain, gzip, Zstandard) and text files, read piece by piece."""
+"""Raw text corpora: JSON Lines, JSON arrays, texts, and archives of them, read piece by piece."""
 
 from __future__ import annotations
 
-import gzip
 import json
-import sys
-import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, BinaryIO
+from typing import IO, Any
 
+from neox.data.archives import ARCHIVES, COMPRESSED, contents_name, damage, walk
 from neox.errors import DataError
 
-_JSON_LINES = (".jsonl", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst")
-_ENDINGS = (*_JSON_LINES, ".txt")
+_JSON = (".jsonl", ".json", ".ndjson")
+_TEXT = (".txt",)
+_LENGTHS_AND_TEXTS = (".dat",)
+_CONTENTS = (*_JSON, *_TEXT, *_LENGTHS_AND_TEXTS, *ARCHIVES)
 # Some tens of milliseconds of tokenizing: long against the cost of handing it to a process, short
 # enough that a few per process in flight stay small and keep every process busy to the end.
-_CHUNK_BYTES = 256 * 1024
+_CHUNK_BYTES = 512 * 1024
 
 
 @dataclass(frozen=True)
-class Chunk:
-    """Consecutive lines of one JSON Lines file, or the whole of a text file as its one line."""
+class Record:
+    """A JSON object, or a text of its own; `where` it stands, for a message."""
 
-    path: Path
-    first_line: int  # counted from 1
-    lines: list[bytes]
-    bytes_read: int  # of all files on disk, compressed or not, up to here
+    where: str
+    value: dict[str, Any] | str
 
-    def documents(self, keys: Sequence[str]) -> Iterator[tuple[int, list[str]]]:
-        """(line number, text under each of `keys`) of every line that is not blank.
-
-        A list of paragraphs is joined by blank lines. DataError naming file and line where a line
-        is not JSON, a key is missing, or its value is not text.
-        """
-        for number, line in enumerate(self.lines, start=self.first_line):
-            if self.path.name.endswith(".txt"):
-                yield number, [self._whole(line, keys)]
-            elif line.strip():
-                record = self._parse(number, line)
-                yield number, [self._text(number, record, key) for key in keys]
-
-    def _whole(self, text: bytes, keys: Sequence[str]) -> str:
-        if len(keys) > 1:
-            raise DataError(f"{self.path} is one text and cannot fill {len(keys)} --jsonl-keys")
-        try:
-            return text.decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise DataError(f"{self.path} is not UTF-8 text ({error})") from None
-
-    def _parse(self, number: int, line: bytes) -> dict:
-        try:
-            record = json.loads(line.rstrip())
-        except json.JSONDecodeError as error:
-            where = f"{self.path}:{number}, column {error.colno}"
-            raise DataError(f"{where}: not JSON ({error.msg})") from None
-        except UnicodeDecodeError as error:
-            raise DataError(f"{self.path}:{number}: not UTF-8 text ({error})") from None
-        if not isinstance(record, dict):
-            found = type(record).__name__
-            raise DataError(f"{self.path}:{number}: a JSON object is needed, this is a {found}")
-        return record
-
-    def _text(self, number: int, record: dict, key: str) -> str:
-        if key not in record:
+    def get(self, key: str) -> Any:
+        """The value under `key`. DataError: there is none."""
+        if isinstance(self.value, str):
+            raise DataError(f'{self.where} is one text and has no key "{key}"')
+        if key not in self.value:
             raise DataError(
-                f'{self.path}:{number}: no key "{key}"; this line has: '
-                f"{', '.join(record) or 'none'} (choose with --jsonl-keys)"
+                f'{self.where}: no key "{key}"; this line has: '
+                f"{', '.join(self.value) or 'none'} (choose with --jsonl-keys)"
             )
-        value = record[key]
+        return self.value[key]
+
+    def texts(self, keys: Sequence[str]) -> list[str]:
+        """The text under each key; a list of paragraphs is joined by blank lines.
+
+        What is one text by itself stands for the one key there is. DataError: not text.
+        """
+        if isinstance(self.value, str):
+            if len(keys) > 1:
+                raise DataError(
+                    f"{self.where} is one text and cannot fill {len(keys)} --jsonl-keys"
+                )
+            return [self.value]
+        return [self._text(key) for key in keys]
+
+    def _text(self, key: str) -> str:
+        value = self.get(key)
         if isinstance(value, list) and all(isinstance(part, str) for part in value):
             return "\n\n".join(value)
         if not isinstance(value, str):
             found = type(value).__name__
-            raise DataError(f'{self.path}:{number}: "{key}" is a {found}, text is needed')
+            raise DataError(f'{self.where}: "{key}" is a {found}, text is needed')
         return value
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Consecutive documents as they stand in a file: lines of JSON, or texts."""
+
+    places: list[str] | None  # of each text; None for lines
+    name: str  # of the file whose lines these are
+    first_line: int  # counted from 1
+    lines: list[bytes]
+    bytes_read: int  # of all files on disk, compressed or not, up to here
+
+    def records(self) -> Iterator[Record]:
+        """Every document but blank lines. DataError naming file and line where one is not good."""
+        if self.places is not None:
+            for where, text in zip(self.places, self.lines, strict=True):
+                try:
+                    yield Record(where, text.decode("utf-8"))
+                except UnicodeDecodeError as error:
+                    raise DataError(f"{where} is not UTF-8 text ({error})") from None
+            return
+        for number, line in enumerate(self.lines, start=self.first_line):
+            if line.strip():
+                where = f"{self.name}:{number}"
+                yield Record(where, _parse(where, line))
+
+
+def _parse(where: str, line: bytes) -> dict[str, Any] | str:
+    try:
+        value = json.loads(line.rstrip())
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where}, column {error.colno}: not JSON ({error.msg})") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where}: not UTF-8 text ({error})") from None
+    except RecursionError:
+        raise DataError(f"{where}: brackets too many levels deep") from None
+    if not isinstance(value, dict | str):
+        found = type(value).__name__
+        raise DataError(f"{where}: a JSON object is needed, this is a {found}")
+    return value
 
 
 def find_files(inputs: Sequence[str | Path]) -> list[Path]:
@@ -88,59 +111,113 @@ def find_files(inputs: Sequence[str | Path]) -> list[Path]:
         if not path.exists():
             raise DataError(f"input {path} does not exist")
         found = sorted(path.iterdir()) if path.is_dir() else [path]
-        known = [file for file in found if file.is_file() and file.name.endswith(_ENDINGS)]
+        known = [
+            file
+            for file in found
+            if not file.is_dir() and contents_name(file.name).endswith(_CONTENTS)
+        ]
         if not known:
             where = "no file in" if path.is_dir() else "cannot read"
-            raise DataError(f"{where} {path}: the name must end in {', '.join(_ENDINGS)}")
+            raise DataError(
+                f"{where} {path}: the name must end in {', '.join(_CONTENTS)}, with "
+                f"{', '.join(COMPRESSED)} behind it where it is compressed"
+            )
         files += known
     return files
 
 
 def read_chunks(files: Sequence[Path]) -> Iterator[Chunk]:
-    """The files in pieces of whole lines. DataError when one is damaged or cannot be read."""
-    before = 0
-    for path in files:
-        try:
-            with open(path, "rb") as raw:
-                if path.name.endswith(".txt"):
-                    yield Chunk(path, 1, [raw.read()], before + raw.tell())
-                else:
-                    yield from _line_chunks(path, raw, before)
-        except OSError as error:
-            raise DataError(f"cannot read {path}: {error.strerror}") from None
-        before += path.stat().st_size
+    """The documents of all files, in order. DataError when one is damaged or cannot be read."""
+    return _Reader().read(files)
 
 
-def _line_chunks(path: Path, raw: BinaryIO, before: int) -> Iterator[Chunk]:
-    stream, damage = _decompressed(path, raw)
-    first_line = 1
-    with stream:
-        try:
-            while lines := stream.readlines(_CHUNK_BYTES):
-                yield Chunk(path, first_line, lines, before + raw.tell())
-                first_line += len(lines)
-        except damage as error:
-            raise DataError(f"{path} is damaged or cut off: {error}") from None
+class _Reader:
+    """Gathers chunks of about the same size, whatever the files' sizes."""
+
+    def __init__(self) -> None:
+        self._texts: list[bytes] = []
+        self._places: list[str] = []
+        self._size = 0
+        self._bytes_read = 0
+        self._position: Callable[[], int] = lambda: 0
+
+    def read(self, files: Sequence[Path]) -> Iterator[Chunk]:
+        broken = damage()
+        for path in files:
+            name, line = str(path), 0
+            try:
+                with open(path, "rb") as raw:
+                    self._position = raw.tell if raw.seekable() else lambda: 0
+                    for name, stream in walk(str(path), raw):
+                        line = 0
+                        for chunk in self._file(name, stream):
+                            if chunk.places is None:
+                                line = chunk.first_line + len(chunk.lines) - 1
+                            yield chunk
+            except broken as error:
+                after = f" after line {line}" if line else ""
+                reason = str(error) or type(error).__name__
+                raise DataError(f"{name} is damaged or cut off{after}: {reason}") from None
+            except OSError as error:
+                raise DataError(f"cannot read {name}: {error.strerror or error}") from None
+            self._bytes_read += path.stat().st_size
+            self._position = lambda: 0
+        yield from self._flush()
+
+    def _file(self, name: str, stream: IO[bytes]) -> Iterator[Chunk]:
+        kind = contents_name(name)
+        if kind.endswith(_JSON):
+            yield from self._flush()
+            yield from self._lines(name, stream)
+        elif kind.endswith(_LENGTHS_AND_TEXTS):
+            for number, text in enumerate(_lengths_and_texts(stream), start=1):
+                yield from self._add(f"{name}, document {number}", text)
+        else:  # inside an archive, whatever is not JSON is a text, with or without an ending
+            yield from self._add(name, stream.read())
+
+    def _lines(self, name: str, stream: IO[bytes]) -> Iterator[Chunk]:
+        first_line = 1
+        while lines := stream.readlines(_CHUNK_BYTES):
+            if first_line == 1 and _is_array(name, lines[0]):
+                lines = _elements(name, b"".join([*lines, *stream]))
+            yield Chunk(None, name, first_line, lines, self._bytes())
+            first_line += len(lines)
+
+    def _add(self, place: str, text: bytes) -> Iterator[Chunk]:
+        self._places.append(place)
+        self._texts.append(text)
+        self._size += len(text)
+        if self._size >= _CHUNK_BYTES:
+            yield from self._flush()
+
+    def _flush(self) -> Iterator[Chunk]:
+        if self._texts:
+            yield Chunk(self._places, "", 1, self._texts, self._bytes())
+            self._texts, self._places, self._size = [], [], 0
+
+    def _bytes(self) -> int:
+        return self._bytes_read + self._position()
 
 
-def _decompressed(
-    path: Path, raw: BinaryIO
-) -> tuple[IO[bytes] | gzip.GzipFile, tuple[type[Exception], ...]]:
-    """The contents, and the exceptions that tell of a damaged or cut-off file."""
-    if path.suffix == ".gz":
-        return gzip.open(raw), (gzip.BadGzipFile, EOFError, zlib.error)
-    if path.suffix == ".zst":
-        zstd = _zstd()
-        return zstd.open(raw), (zstd.ZstdError, EOFError)
-    return raw, ()
+def _is_array(name: str, first_line: bytes) -> bool:
+    """Whether a .json file is one array of documents, as lm_dataformat writes it, and not lines."""
+    return contents_name(name).endswith(".json") and first_line.lstrip().startswith(b"[")
 
 
-def _zstd() -> Any:
+def _elements(name: str, text: bytes) -> list[bytes]:
     try:
-        if sys.version_info >= (3, 14):
-            from compression import zstd
-        else:
-            from backports import zstd
-    except ImportError:
-        raise DataError(".zst files need a package: pip install backports.zstd") from None
-    return zstd
+        elements = json.loads(text)
+    except ValueError as error:
+        raise DataError(f"{name}: not a JSON array ({error})") from None
+    return [json.dumps(element).encode() for element in elements]
+
+
+def _lengths_and_texts(stream: IO[bytes]) -> Iterator[bytes]:
+    """The texts of a .dat file of lm_dataformat: each behind its length in 16 digits."""
+    while digits := stream.read(16):
+        if len(digits) < 16 or not digits.isdigit():
+            raise EOFError(f"a length of 16 digits was expected, not {digits!r}")
+        text = stream.read(int(digits))
+        if len(text) < int(digits):
+            raise EOFError(f"{int(digits)} bytes were expected, {len(text)} are left")
+        yield text

@@ -7,43 +7,26 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from itertools import chain
 from multiprocessing import get_context, parent_process
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 
 from neox import log
 from neox.data.corpus import Chunk, find_files, read_chunks
-from neox.data.indexed import IndexedWriter, token_dtype
+from neox.data.indexed import IndexedWriter, idx_path
+from neox.data.recipes import Recipe
 from neox.errors import DataError
 
 # Chunks per process that are read, being tokenized or waiting to be written: so none is ever idle.
 _IN_FLIGHT = 4
 _worker_encoder: _Encoder  # in each process of the pool
-
-
-class Tokenizer(Protocol):
-    """What preprocessing asks of a tokenizer; it is pickled to the worker processes."""
-
-    vocab_size: int
-    eod: int
-
-    def tokenize(self, text: str) -> list[int]: ...
-
-
-@dataclass(frozen=True)
-class Options:
-    """What is done to each document."""
-
-    keys: Sequence[str] = ("text",)  # of the JSON objects; each becomes a dataset of its own
-    append_eod: bool = False
-    fix_text: bool = False  # repair broken encodings with the ftfy package
 
 
 @dataclass(frozen=True)
@@ -55,7 +38,7 @@ class Summary:
 
 @dataclass(frozen=True)
 class _Encoded:
-    """One chunk's documents, end to end, for each key."""
+    """One chunk's documents, end to end, for each dataset."""
 
     ids: list[np.ndarray]
     lengths: list[np.ndarray]
@@ -65,82 +48,67 @@ class _Encoded:
 class _Encoder:
     """Turns chunks into token ids; one lives in each process."""
 
-    def __init__(self, tokenizer: Tokenizer, options: Options) -> None:
-        self._tokenizer = tokenizer
-        self._options = options
-        self._dtype = token_dtype(tokenizer.vocab_size)
-        self._fix_text = _ftfy() if options.fix_text else None
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
 
     def __call__(self, chunk: Chunk) -> _Encoded:
-        keys = self._options.keys
-        ids: list[list[int]] = [[] for _ in keys]
-        lengths: list[list[int]] = [[] for _ in keys]
-        for number, texts in chunk.documents(keys):
-            if not any(texts):  # an empty document, but one record stays one record of every key
-                continue
-            for k, text in enumerate(texts):
-                tokens = self._encode(chunk, number, text)
-                ids[k] += tokens
-                lengths[k].append(len(tokens))
-        return _Encoded(
-            [np.array(tokens, dtype=self._dtype) for tokens in ids],
-            [np.array(counts, dtype=np.int32) for counts in lengths],
-            chunk.bytes_read,
-        )
-
-    def _encode(self, chunk: Chunk, number: int, text: str) -> list[int]:
-        if self._fix_text is not None:
-            text = self._fix_text(text)
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise DataError(
-                f"{chunk.path}:{number}: half a surrogate pair, which is no text ({error.reason}); "
-                "--ftfy replaces it"
-            ) from None
-        tokens = self._tokenizer.tokenize(text)
-        return [*tokens, self._tokenizer.eod] if self._options.append_eod else tokens
+        rows = list(self.recipe.rows(list(chunk.records())))
+        ids, lengths = [], []
+        for k in range(len(self.recipe.names)):
+            documents = [row[k] for row in rows]
+            counts = np.array([len(tokens) for tokens in documents], dtype=np.int32)
+            flat = chain.from_iterable(documents)
+            total = int(counts.sum(dtype=np.int64))
+            ids.append(np.fromiter(flat, dtype=self.recipe.dtype, count=total))
+            lengths.append(counts)
+        return _Encoded(ids, lengths, chunk.bytes_read)
 
 
 def preprocess(
     inputs: Sequence[str | Path],
     output_prefix: str | Path,
-    tokenizer: Tokenizer,
-    options: Options,
+    recipe: Recipe,
     *,
     workers: int = 1,
     num_docs: int | None = None,
     log_interval: int = 100,
 ) -> Summary:
-    """Tokenize `inputs` into {output_prefix}_{key}_document.bin and .idx, one pair per key.
+    """Tokenize `inputs` into {output_prefix}_{name}_document.bin and .idx for each name.
 
-    The files do not depend on `workers`, and appear only when all is done. Memory does not grow
-    with the input, but for 4 bytes per document and key. Empty texts make no document. The progress
-    bar moves every `log_interval` documents and ends at `num_docs`, or where the share of bytes
-    read so far lets expect. DataError for input that cannot be used, naming file and line.
+    The files do not depend on `workers`, and appear only when all is done; whatever ends us before
+    leaves the old ones, or at least no two that do not belong together. Memory does not grow with
+    the input, but for 4 bytes per document and name. Texts without tokens make no document. The
+    progress bar moves every `log_interval` documents and ends at `num_docs`, or where the share of
+    bytes read so far lets expect. DataError for input that cannot be used, naming file and line,
+    and for input without any text.
     """
     started = time.monotonic()
     files = find_files(inputs)
     input_bytes = sum(file.stat().st_size for file in files)
+    prefixes = [f"{output_prefix}_{name}_document" for name in recipe.names]
     documents = tokens = 0
     with ExitStack() as stack:
         bar = stack.enter_context(
             log.progress(total=num_docs or 0, desc="tokenizing", unit=" docs")
         )
-        prefixes = [f"{output_prefix}_{key}_document" for key in options.keys]
         writers = [
-            stack.enter_context(IndexedWriter(prefix, tokenizer.vocab_size)) for prefix in prefixes
+            stack.enter_context(IndexedWriter(prefix, dtype=recipe.dtype)) for prefix in prefixes
         ]
-        encoder = _Encoder(tokenizer, options)
-        results = stack.enter_context(closing(_encode_all(encoder, read_chunks(files), workers)))
+        results = stack.enter_context(
+            closing(_encode_all(_Encoder(recipe), read_chunks(files), workers))
+        )
         for encoded in results:
             for writer, ids, lengths in zip(writers, encoded.ids, encoded.lengths, strict=True):
                 writer.add(ids, lengths)
                 tokens += len(ids)
             documents += len(encoded.lengths[0])
             if documents - bar.n >= log_interval:
-                bar.total = num_docs or documents * input_bytes // encoded.bytes_read
+                bar.total = num_docs or documents * input_bytes // max(encoded.bytes_read, 1)
                 bar.update(documents - bar.n)
+        if not documents:
+            raise DataError(f"there is no text in {', '.join(map(str, files))}")
+        for prefix in prefixes:  # an old dataset must not stand beside new labels of another one
+            idx_path(prefix).unlink(missing_ok=True)
     return Summary(documents, tokens, time.monotonic() - started)
 
 
@@ -183,11 +151,3 @@ def _end_with_parent() -> None:
 
 def _encode_in_worker(chunk: Chunk) -> _Encoded:
     return _worker_encoder(chunk)
-
-
-def _ftfy() -> Callable[[str], str]:
-    try:
-        from ftfy import fix_text
-    except ImportError:
-        raise DataError("--ftfy needs a package: pip install ftfy") from None
-    return fix_text

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from neox.errors import DataError
+from neox.tokenizer.words import Words, cuts_words
 
 if TYPE_CHECKING:
     import tokenizers
@@ -27,6 +29,10 @@ class Tokenizer(Protocol):
 
     def tokenize(self, text: str) -> list[int]:
         """Token ids of `text`; the text of a special token becomes its one id."""
+        ...
+
+    def tokenize_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of each text, the same as `tokenize`'s; fast where there are very many."""
         ...
 
     def detokenize(self, ids: Sequence[int]) -> str:
@@ -69,10 +75,22 @@ class LibraryTokenizer:
         tokenizer.no_padding()
         self._tokenizer = tokenizer
 
+    @cached_property
+    def _words(self) -> Words | None:
+        return Words(self._tokenizer) if cuts_words(self._tokenizer) else None
+
     def tokenize(self, text: str) -> list[int]:
         # A batch of one: only the batch interface can leave out the character offsets, and that
         # makes it a fifth faster.
         return self._tokenizer.encode_batch_fast([text])[0].ids
+
+    def tokenize_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        if self._words is not None:
+            return [self._words.tokenize(text) for text in texts]
+        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(texts))]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_words"}
 
     def detokenize(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(list(ids))
@@ -88,6 +106,9 @@ class CharLevelTokenizer:
 
     def tokenize(self, text: str) -> list[int]:
         return list(text.encode("utf-8"))
+
+    def tokenize_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [self.tokenize(text) for text in texts]
 
     def detokenize(self, ids: Sequence[int]) -> str:
         return bytes(i for i in ids if 1 < i < 256).decode("utf-8", errors="replace")
@@ -112,6 +133,9 @@ class SentencePieceTokenizer:
     def tokenize(self, text: str) -> list[int]:
         return self._processor.encode(text)
 
+    def tokenize_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [self.tokenize(text) for text in texts]
+
     def detokenize(self, ids: Sequence[int]) -> str:
         return self._processor.decode(list(ids))
 
@@ -130,6 +154,9 @@ class TiktokenTokenizer:
 
     def tokenize(self, text: str) -> list[int]:
         return self._encoding.encode(text, allowed_special="all")
+
+    def tokenize_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [self.tokenize(text) for text in texts]
 
     def detokenize(self, ids: Sequence[int]) -> str:
         return self._encoding.decode([i for i in ids if i not in self._special])

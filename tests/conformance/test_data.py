@@ -12,7 +12,8 @@ import torch
 
 from neox.config import from_dict
 from neox.data.loaders import build_loaders
-from neox.data.preprocess import Options, preprocess
+from neox.data.preprocess import preprocess
+from neox.data.recipes import TextRecipe
 from neox.parallel.groups import ProcessGroups
 from neox.tokenizer import load_tokenizer
 from tests.conformance.small import small_config
@@ -40,7 +41,8 @@ def test_files_equal_upstreams_byte_for_byte(shared: Path, tmp_path: Path, worke
     upstream = shared / "upstream"
     tokenizer = load_tokenizer("HFTokenizer", str(upstream / "tok/small_tokenizer.json"))
     source = upstream / "data/input.jsonl"
-    preprocess([source], tmp_path / "topics", tokenizer, Options(append_eod=True), workers=workers)
+    recipe = TextRecipe(tokenizer, append_eod=True)
+    preprocess([source], tmp_path / "topics", recipe, workers=workers)
     for ending in ("bin", "idx"):
         name = f"topics_text_document.{ending}"
         assert (tmp_path / name).read_bytes() == (upstream / "data" / name).read_bytes()

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from neox.data.indexed import open_indexed
-from neox.data.preprocess import Options, Summary, preprocess
+from neox.data.preprocess import Summary, preprocess
+from neox.data.recipes import TextRecipe
 from neox.errors import DataError
 from neox.tokenizer import load_tokenizer
 from tests import small_tokenizer
@@ -26,10 +27,10 @@ def write_jsonl(path: Path, texts: list[str] = TEXTS) -> Path:
     return path
 
 
-def run(inputs: list[Path], folder: Path, options: Options | None = None, **settings) -> Summary:
+def run(inputs: list[Path], folder: Path, *, workers: int = 1, **options) -> Summary:
     """With the character tokenizer: the ids are the bytes of the text."""
-    tokenizer = load_tokenizer("CharLevelTokenizer")
-    return preprocess(inputs, folder / "out", tokenizer, options or Options(), **settings)
+    recipe = TextRecipe(load_tokenizer("CharLevelTokenizer"), **options)
+    return preprocess(inputs, folder / "out", recipe, workers=workers)
 
 
 def texts_of(folder: Path, key: str = "text") -> list[str]:
@@ -67,7 +68,7 @@ def test_each_kind_of_file(tmp_path: Path) -> None:
 def test_empty_texts_and_blank_lines_make_no_document(tmp_path: Path) -> None:
     path = tmp_path / "in.jsonl"
     path.write_text('{"text": ""}\n\n   \n{"text": "a"}\r\n{"text": []}\n{"text": "b"}')
-    run([path], tmp_path, Options(append_eod=True))
+    run([path], tmp_path, append_eod=True)
     assert texts_of(tmp_path) == ["a\0", "b\0"]
 
 
@@ -82,7 +83,7 @@ def test_keys_stay_aligned(tmp_path: Path) -> None:
     path = tmp_path / "in.jsonl"
     records = [{"q": "a", "a": "b"}, {"q": "", "a": "c"}, {"q": "", "a": ""}, {"q": "d", "a": "e"}]
     path.write_text("\n".join(map(json.dumps, records)))
-    run([path], tmp_path, Options(keys=("q", "a"), append_eod=True))
+    run([path], tmp_path, keys=("q", "a"), append_eod=True)
     assert texts_of(tmp_path, "q") == ["a\0", "\0", "d\0"]
     assert texts_of(tmp_path, "a") == ["b\0", "c\0", "e\0"]
 
@@ -95,7 +96,8 @@ def test_workers_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     for workers in (1, 3):
         folder = tmp_path / str(workers)
         folder.mkdir()
-        preprocess([path], folder / "out", tokenizer, Options(append_eod=True), workers=workers)
+        recipe = TextRecipe(tokenizer, append_eod=True)
+        preprocess([path], folder / "out", recipe, workers=workers)
         written.append({file.name: file.read_bytes() for file in folder.iterdir()})
     assert written[0] == written[1]
     assert set(written[0]) == {"out_text_document.bin", "out_text_document.idx"}
@@ -104,7 +106,7 @@ def test_workers_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_ftfy(tmp_path: Path) -> None:
     path = tmp_path / "in.jsonl"
     path.write_text('{"text": "schÃ¶n"}\n{"text": "half \\ud83d a pair"}\n')
-    run([path], tmp_path, Options(fix_text=True))
+    run([path], tmp_path, fix_text=True)
     assert texts_of(tmp_path) == ["schön", "half \ufffd a pair"]
 
 
@@ -157,20 +159,20 @@ def test_missing_and_empty_inputs(tmp_path: Path) -> None:
 def test_two_keys_cannot_come_from_a_text_file(tmp_path: Path) -> None:
     (tmp_path / "in.txt").write_text("text")
     with pytest.raises(DataError, match="cannot fill 2"):
-        run([tmp_path / "in.txt"], tmp_path, Options(keys=("a", "b")))
+        run([tmp_path / "in.txt"], tmp_path, keys=("a", "b"))
 
 
 class DyingTokenizer:
     vocab_size, eod = 512, 0
 
-    def tokenize(self, text: str) -> list[int]:
+    def tokenize_batch(self, texts: list[str]) -> list[list[int]]:
         os._exit(9)
 
 
 def test_a_worker_that_dies(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "in.jsonl")
     with pytest.raises(DataError, match="process died"):
-        preprocess([path], tmp_path / "out", DyingTokenizer(), Options(), workers=2)
+        preprocess([path], tmp_path / "out", TextRecipe(DyingTokenizer()), workers=2)
 
 
 def test_the_command(tmp_path: Path) -> None:

@@ -1,0 +1,70 @@
+"""Conversations as token ids, by the chat template of a tokenizer folder of transformers.
+
+A template is a Jinja program; transformers runs it in a sandbox without access to Python's objects.
+Tokenizers that need Python code of their own are refused: nothing of the folder is executed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from neox.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class ChatTemplate:
+    """The tokenizer and template of one folder."""
+
+    def __init__(self, folder: str, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.folder = folder
+        self.vocab_size: int = len(tokenizer)
+        self.eos: int | None = tokenizer.eos_token_id
+        self._tokenizer = tokenizer
+
+    def write(self, turns: Sequence[dict[str, Any]], next_speaks: bool) -> str:
+        """The text of a conversation; `next_speaks`: with the words that begin an answer.
+
+        DataError: the template refuses the conversation.
+        """
+        from jinja2 import TemplateError
+
+        try:
+            return self._tokenizer.apply_chat_template(
+                list(turns), tokenize=False, add_generation_prompt=next_speaks
+            )
+        except (TemplateError, TypeError, ValueError, KeyError) as error:
+            raise DataError(f"the chat template does not take these turns ({error})") from None
+
+    def tokenize(self, text: str) -> list[int]:
+        """Nothing is added, since a template writes the special tokens itself."""
+        return self._tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return load_chat_template, (self.folder,)  # a process of a pool reads the folder itself
+
+
+def load_chat_template(folder: str) -> ChatTemplate:
+    """DataError when the folder has no tokenizer that needs no code, or no chat template."""
+    if not Path(folder).is_dir():
+        raise DataError(
+            f"--tokenizer-path {folder} is no folder; a folder with tokenizer.json and "
+            "tokenizer_config.json is needed (tools/fetch.py brings one from the hub)"
+        )
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # of many kinds, down to those of the tokenizers library
+        raise DataError(f"{folder} has no tokenizer that transformers reads ({error})") from None
+    if not tokenizer.chat_template:
+        raise DataError(
+            f"{folder} has no chat template: neither chat_template.jinja nor chat_template in "
+            "tokenizer_config.json. Tokenizers of base models have none; take that of a chat model."
+        )
+    return ChatTemplate(folder, tokenizer)
