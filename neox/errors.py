@@ -19,3 +19,7 @@ class DamageError(CheckpointError):
 
 class DataError(NeoXError):
     """A dataset, tokenizer file or prompt file is missing, damaged, or unusable."""
+
+
+class DivergenceError(NeoXError):
+    """The loss or a gradient is no number any more; to start again would come to the same."""

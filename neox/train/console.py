@@ -45,6 +45,18 @@ def training_line(
     return "".join(f" {field} |" for field in fields)
 
 
+def timers_line(seconds: Mapping[str, float]) -> str:
+    """The parts of a step, `time (ms) | forward: 12.34 | ...`."""
+    fields = [f"{name}: {value * 1000:.2f}" for name, value in seconds.items()]
+    return " | ".join(["time (ms)", *fields])
+
+
+def memory_line(iteration: int, megabytes: Mapping[str, float]) -> str:
+    """`after 10 iterations memory (MB) | allocated: ... | ...`, once in a run."""
+    fields = [f"{name}: {value:.1f}" for name, value in megabytes.items()]
+    return " | ".join([f"after {iteration} iterations memory (MB)", *fields])
+
+
 def evaluation_box(chart: str, at: str, metrics: Mapping[str, float]) -> str:
     """Three lines, the middle one like ` validation results at iteration 10 | lm_loss ...`."""
     values = "".join(f"{name} value: {value:.6E} | " for name, value in metrics.items())

@@ -59,6 +59,9 @@ class Journal:
         self._file.write(_json_line(self._row).encode())  # one call: a kill leaves whole lines
         self._file.truncate()
 
+    def flush(self) -> None:
+        os.fsync(self._file.fileno())
+
     def close(self, failed: bool = False) -> None:
         self._file.close()
 

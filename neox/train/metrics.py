@@ -1,9 +1,9 @@
 """What a training run tells about itself: metrics.jsonl, trackers, console lines, the live line.
 
 Keys are NeoX's W&B keys. Every iteration has `train/learning_rate`, `train/lm_loss`, one
-`train/{name}` per further metric, `train/grad_norm` where it is known and `train/loss_scale` under
-fp16; every `log_interval` iterations the `runtime/*` keys join, and evaluations add
-`validation/*` and `test/*`.
+`train/{name}` per further metric, `train/grad_norm` where it is known, `train/loss_scale` under
+fp16, and the norms that are asked for; every `log_interval` iterations the `runtime/*` keys join,
+and `timers/*` with wall_clock_breakdown. Evaluations add `validation/*` and `test/*`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from neox.config import NeoXConfig
 from neox.parallel.groups import ProcessGroups
 from neox.train import console
 from neox.train.journal import Journal
+from neox.train.memory import memory_in_mb
 from neox.train.trackers import open_trackers
 
 
@@ -33,6 +34,8 @@ class StepResult:
     skipped: bool = False  # the optimizer did not step (fp16 overflow)
     loss_scale: float | None = None  # fp16 only
     metrics: Mapping[str, float] = field(default_factory=dict)  # further losses by name
+    norms: Mapping[str, float] = field(default_factory=dict)  # of single parameters, by key
+    timers: Mapping[str, float] = field(default_factory=dict)  # seconds of the step's parts
 
 
 class RunLog:
@@ -48,7 +51,9 @@ class RunLog:
     ) -> None:
         self._config = config
         self._flops = flops_per_iteration(config, padded_vocab_size) / groups.world_size
+        self._device = groups.device
         self._interval: list[StepResult] = []
+        self._memory_is_told = False
         self._trackers = open_trackers(config, groups.rank, iteration)
         if config.log_dir is None:
             log.info("log_dir is not set: no metrics.jsonl is written")
@@ -72,6 +77,7 @@ class RunLog:
             values["train/grad_norm"] = step.grad_norm
         if step.loss_scale is not None:
             values["train/loss_scale"] = step.loss_scale
+        values |= step.norms
         if iteration % self._config.log_interval == 0:
             values |= self._finish_interval(iteration)
         self._trackers.log(values, iteration)
@@ -89,13 +95,17 @@ class RunLog:
         values = {f"{chart}/{name}": value for name, value in metrics.items()}
         self._trackers.log(values, iteration)
 
+    def flush(self) -> None:
+        """Put what was recorded on disk: a checkpoint follows, and a resumed run starts there."""
+        self._trackers.flush()
+
     def checkpoint_saved(self, iteration: int, path: Path) -> None:
         """Say where a checkpoint is; the live line shows its age from now on."""
         log.info(f"checkpoint of iteration {iteration} saved in {path}")
         self._last_checkpoint = time.monotonic()
 
     def _finish_interval(self, iteration: int) -> dict[str, float]:
-        """Print the interval's line and start a new one. Returns the `runtime/*` values."""
+        """Print the interval's lines and start a new one; its `runtime/*` and `timers/*`."""
         config, steps = self._config, self._interval
         seconds = sum(step.seconds for step in steps) / len(steps)
         model_flops = self._flops / seconds
@@ -130,8 +140,17 @@ class RunLog:
                 nan=sum(not math.isfinite(step.loss) for step in steps),
             )
         )
+        if not self._memory_is_told:
+            self._memory_is_told = True
+            log.info(console.memory_line(iteration, memory_in_mb(self._device)))
+        timers = {
+            name: sum(step.timers.get(name, 0.0) for step in steps) / len(steps)
+            for name in steps[-1].timers
+        }
+        if timers:
+            log.info(console.timers_line(timers))
         self._interval = []
-        return runtime
+        return runtime | {f"timers/{name}": value for name, value in timers.items()}
 
     def _live(self, step: StepResult) -> str:
         tokens = self._config.train_batch_size * self._config.seq_length / step.seconds

@@ -20,6 +20,9 @@ class Tracker(Protocol):
     def log(self, values: Mapping[str, float], step: int) -> None:
         """Record `values` at `step`. Steps never fall; one step may be logged several times."""
 
+    def flush(self) -> None:
+        """Put on disk what was logged: from here a resumed run goes on."""
+
     def close(self, failed: bool = False) -> None:
         """Write out what is pending. `failed` says that the run ends with an error."""
 
@@ -39,6 +42,9 @@ class Trackers:
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         self._each(lambda tracker: tracker.log(values, step))
+
+    def flush(self) -> None:
+        self._each(lambda tracker: tracker.flush())
 
     def close(self, failed: bool = False) -> None:
         self._each(lambda tracker: tracker.close(failed))
@@ -87,6 +93,9 @@ class TensorBoardTracker:
     def log(self, values: Mapping[str, float], step: int) -> None:
         for key, value in values.items():
             self._writer.add_scalar(key, value, step)
+
+    def flush(self) -> None:
+        self._writer.flush()
 
     def close(self, failed: bool = False) -> None:
         self._writer.close()

@@ -70,6 +70,10 @@ class WandbRun:
         if step >= self._known:
             self._run.log(dict(values), step=step)
 
+    def flush(self) -> None:
+        if self._journal is not None:
+            self._journal.flush()
+
     def close(self, failed: bool = False) -> None:
         if self._journal is not None:
             self._journal.close()
