@@ -92,7 +92,7 @@ def _damage(about: Path, names: Sequence[str], key: str) -> str | None:
             file = about.with_name(f"{about.stem}-{name}.npy")
             if not file.is_file():
                 return f"{file} is missing"
-            if zlib.crc32(np.memmap(file, mode="r", dtype=np.uint8)) != told["crc32"][name]:
+            if _checksum(file) != told["crc32"][name]:
                 return f"{file} is damaged"
             _map(file)
     except OSError as error:
@@ -114,7 +114,7 @@ def _write(
                 file = folder / f"{stem}-{name}.npy"
                 with replacing(file) as stream:
                     np.save(stream, array, allow_pickle=False)
-                checksums[name] = zlib.crc32(np.memmap(file, mode="r", dtype=np.uint8))
+                checksums[name] = _checksum(file)
             told = {"key": json.loads(key), "crc32": checksums}
             write_text(folder / f"{stem}.json", json.dumps(told, indent=1) + "\n")
             return
@@ -129,6 +129,10 @@ def _write(
 def _is_read_only(folder: Path) -> bool:
     """Whether nobody is meant to write there; root could all the same."""
     return folder.is_dir() and not folder.stat().st_mode & 0o222
+
+
+def _checksum(path: Path) -> int:
+    return zlib.crc32(memoryview(np.memmap(path, mode="r", dtype=np.uint8)))
 
 
 def _map(path: Path) -> np.ndarray:

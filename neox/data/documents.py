@@ -80,9 +80,8 @@ class Documents:
             raise DataError(f"{where} holds the id {ids.min()}: {what}")
         if self._vocab_size is not None and ids.max() >= self._vocab_size:
             advice = "set vocab_file to that one, or tokenize the data again"
-            wrapped = 2 ** (8 * dataset.dtype.itemsize) + MASKED
-            if dataset is self._labels and ids.max() == wrapped:
-                advice = f"or {wrapped} is {MASKED} in files of {dataset.dtype}: make int32 files"
+            if dataset is self._labels and ids.max() == 2**16 + MASKED:
+                advice = f"or that is {MASKED} stored in 16 bits, where labels take int32"
             raise DataError(
                 f"{where} holds token id {ids.max()} but the tokenizer's vocabulary ends at "
                 f"{self._vocab_size - 1}: the data was made with another tokenizer; {advice}"

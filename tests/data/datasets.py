@@ -25,6 +25,16 @@ def write_dataset(
     return documents
 
 
+def write_labels(
+    prefix: Path, texts: Sequence[np.ndarray], counts: Sequence[Sequence[int]]
+) -> None:
+    """Labels of documents: the token itself where `counts` holds 1, else -100. As int32 files."""
+    with IndexedWriter(prefix, dtype=np.dtype(np.int32)) as writer:
+        for text, flags in zip(texts, counts, strict=True):
+            labels = np.where(flags, text.astype(np.int32), -100)
+            writer.add(labels.astype(np.int32), np.array([len(labels)]))
+
+
 def training_config(folder: Path, *, world_size: int = 1, **values: Any) -> NeoXConfig:
     """Two micro-batches of 2 per step and rank, 6 steps, validation every 2 of them."""
     defaults = {

@@ -1,4 +1,4 @@
-"""The order of samples on disk: kept, found again, and never believed when it is not what it was."""
+"""The order of samples on disk: kept, found again, never believed when it is not what it was."""
 
 from __future__ import annotations
 
