@@ -161,14 +161,29 @@ def _partition_method_exists(config: NeoXConfig) -> Findings:
 @CHECKS.reading("zero_optimization", "pipe_parallel_size")
 def _zero_fits_pipeline(config: NeoXConfig) -> Findings:
     stage, name = config.zero_stage, "zero_optimization.stage"
-    if stage == 3:
-        yield name, f"{name} is 3, which is not supported. Use 1, or 2 with pipe_parallel_size: 0."
-    elif stage == 2 and config.pipe_parallel_size > 0:
+    if stage > 1 and config.pipe_parallel_size > 0:
+        whole = "gradients" if stage == 2 else "weights and gradients"
         yield (
             name,
-            f"{name} is 2, but pipe_parallel_size is {config.pipe_parallel_size}: the pipeline "
-            "engine keeps whole gradients. Use stage 1, or pipe_parallel_size: 0.",
+            f"{name} is {stage}, but pipe_parallel_size is {config.pipe_parallel_size}: the "
+            f"pipeline engine keeps whole {whole}. Use stage 1, or pipe_parallel_size: 0.",
         )
+
+
+@CHECKS.reading("zero_optimization")
+def _what_is_offloaded_is_sharded(config: NeoXConfig) -> Findings:
+    wanted = {
+        "offload_optimizer": (1, "the state where it is. Use stage 1, 2 or 3."),
+        "offload_param": (3, "the weights where they are. Use stage 3."),
+    }
+    for name, (least, advice) in wanted.items():
+        block = (config.zero_optimization or {}).get(name)
+        if block and block.get("device", "none") != "none" and config.engine_zero_stage < least:
+            yield (
+                f"zero_optimization.{name}",
+                f"zero_optimization.{name} is {show(block)}, but the stage is {config.zero_stage}, "
+                f"which leaves {advice}",
+            )
 
 
 @CHECKS.reading("num_nodes")

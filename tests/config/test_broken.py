@@ -460,6 +460,32 @@ CASES = [
         "keeps whole gradients. Use stage 1, or pipe_parallel_size: 0.",
     ),
     Case(
+        "sharded weights in a pipeline",
+        "pipe_parallel_size: 1\nzero_optimization: {stage: 3}",
+        "a.yml:2: zero_optimization.stage is 3, but pipe_parallel_size is 1: the pipeline engine "
+        "keeps whole weights and gradients. Use stage 1, or pipe_parallel_size: 0.",
+    ),
+    Case(
+        "state moved to the CPU that nothing shards",
+        "zero_optimization: {stage: 0, offload_optimizer: {device: cpu}}",
+        'a.yml:1: zero_optimization.offload_optimizer is {"device": "cpu"}, but the stage is 0, '
+        "which leaves the state where it is. Use stage 1, 2 or 3.",
+    ),
+    Case(
+        "weights moved to the CPU that nothing shards",
+        "zero_optimization: {stage: 2, offload_param: {device: cpu}}",
+        'a.yml:1: zero_optimization.offload_param is {"device": "cpu"}, but the stage is 2, '
+        "which leaves the weights where they are. Use stage 3.",
+    ),
+    Case(
+        "sequences that don't divide",
+        "model_parallel_size: 2\nseq_length: 1023\nsequence_parallel: true",
+        "a.yml:3: sequence_parallel is true, but seq_length (1023) is not divisible by "
+        "model_parallel_size (2). Use a seq_length of 1022 or 1024, or 1, 3, 11, 31, 33, 93, 341 "
+        "or 1023 as model_parallel_size.",
+        without=("seq_length",),
+    ),
+    Case(
         "a floor above the peak",
         "min_lr: 1.0e-3",
         "a.yml:1: min_lr is 0.001, but it is above the peak, optimizer.params.lr (0.0003). Use "
@@ -478,6 +504,46 @@ CASES = [
         "test_data_paths: *data\ntrain_data_weights: [1.0, 2.0]",
         "a.yml:4: train_data_weights holds 2 weights, but train_data_paths holds 1 path. Give one "
         "weight for each path.",
+        without=("data_path",),
+    ),
+    Case(
+        "epochs of weighted datasets",
+        "train_data_paths: &data [data/text_document]\nvalid_data_paths: *data\n"
+        "test_data_paths: *data\ntrain_data_weights: [2.0]\ntrain_epochs: 1",
+        "a.yml:5: train_epochs is 1, which reads every document as often, but train_data_weights "
+        "([2.0]) reads some datasets more often than others. Drop one of them.",
+        without=("data_path", "train_iters"),
+    ),
+    Case(
+        "epochs of counted datasets",
+        "train_data_paths: &data [data/text_document]\nvalid_data_paths: *data\n"
+        "test_data_paths: *data\nweight_by_num_documents: true\ntrain_epochs: 1",
+        "a.yml:5: train_epochs is 1, which reads every document as often, but "
+        "weight_by_num_documents (true) reads some datasets more often than others. Drop one of "
+        "them.",
+        without=("data_path", "train_iters"),
+    ),
+    Case(
+        "labels without their texts",
+        "train_label_data_paths: [data/text_document]",
+        "a.yml:1: train_label_data_paths is given, but train_data_paths is missing. Labels go with "
+        "datasets of their own: name both, in the same order.",
+    ),
+    Case(
+        "labels that don't match",
+        "train_data_paths: &data [data/text_document]\nvalid_data_paths: *data\n"
+        "test_data_paths: *data\n"
+        "train_label_data_paths: [data/text_document, data/text_document]",
+        "a.yml:4: train_label_data_paths holds 2 paths, but train_data_paths holds 1. Give one for "
+        "each, in the same order.",
+        without=("data_path",),
+    ),
+    Case(
+        "labels that are not there",
+        "train_data_paths: &data [data/text_document]\nvalid_data_paths: *data\n"
+        "test_data_paths: *data\nvalid_label_data_paths: [data/labels]",
+        'a.yml:4: valid_label_data_paths holds "data/labels", but data/labels.bin and '
+        "data/labels.idx do not exist. In data there is pile_text_document and text_document.",
         without=("data_path",),
     ),
     Case(
@@ -507,7 +573,15 @@ CASES = [
     Case(
         "no end to training",
         "",
-        "train_iters is missing. Say how many optimizer steps to take.",
+        "train_iters is missing. Say how many optimizer steps to take, or with train_epochs how "
+        "often to go through the data.",
+        without=("train_iters",),
+    ),
+    Case(
+        "two ends to training",
+        "train_iters: 100\ntrain_epochs: 2",
+        "a.yml:2: train_epochs is 2, but train_iters (100) says as well how long to train. Keep "
+        "one of them.",
         without=("train_iters",),
     ),
     Case(
