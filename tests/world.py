@@ -222,3 +222,7 @@ def _leave() -> None:
     groups = sys.modules.get("deepspeed.utils.groups")
     if groups is not None:
         importlib.reload(groups)  # it caches process groups in module globals
+    offload = sys.modules.get("deepspeed.runtime.zero.parameter_offload")
+    if offload is not None:  # ZeRO 3 numbers what it partitions, and ranks compare the numbers
+        offload.DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__[0][0] = 0
+        offload.Init.param_id = 0

@@ -13,6 +13,7 @@ from neox.config.fields import ignored, key, refused
 
 DType = Literal["fp32", "fp16", "bf16"]
 _OFFLOAD = "Use offload_optimizer: {{device: cpu}}{}"
+_OFFLOAD_PARAM = "Use offload_param: {device: cpu}"
 
 
 class Optimizer:
@@ -90,11 +91,24 @@ class OffloadOptimizer:
     cpuadam_cores_perc: float = key(0.8, "Share of cores for it.", low=0, high=1)
 
 
+class OffloadParam:
+    """zero_optimization.offload_param"""
+
+    device: Literal["none", "cpu", "nvme"] = key("none", "Where the weights live (stage 3).")
+    nvme_path: str = key(None, "Folder on the NVMe device.")
+    buffer_count: int = key(5, "Buffers.", low=0)
+    buffer_size: int | float = key(100000000, "Elements of a buffer.", low=0)
+    max_in_cpu: int | float = key(1000000000, "With nvme: elements kept in CPU memory.", low=0)
+    pin_memory: bool = key(True, "Pin the memory.")
+
+
 class ZeroOptimization:
     """zero_optimization"""
 
     stage: Literal[0, 1, 2, 3] = key(
-        0, "What is sharded over replicas: optimizer state (1), gradients too (2)."
+        0,
+        "What is sharded over replicas: optimizer state (1), gradients too (2), weights too (3). "
+        "2 and 3 need pipe_parallel_size: 0.",
     )
     allgather_partitions: bool = key(True, "All-gather instead of broadcasts.")
     allgather_bucket_size: int | float = key(500000000, "Elements gathered at once.", low=1)
@@ -127,35 +141,35 @@ class ZeroOptimization:
         f"DeepSpeed renamed it. {_OFFLOAD.format(' with pin_memory')}",
     )
     cpu_offload_params: bool = refused(
-        False, "Former name of offload_param.", "ZeRO stage 3 is not supported"
+        False, "Former name of offload_param.", f"DeepSpeed renamed it. {_OFFLOAD_PARAM}"
     )
     cpu_offload_param: bool = refused(
-        False, "Former name of offload_param.", "ZeRO stage 3 is not supported"
+        False, "Former name of offload_param.", f"DeepSpeed renamed it. {_OFFLOAD_PARAM}"
     )
     # Stage 3 only. Configurations carry them; at stages 0 to 2 DeepSpeed does not look.
-    offload_param: dict[str, Any] = refused(
-        None, "Keep weights elsewhere.", "ZeRO stage 3 is not supported"
+    offload_param: dict[str, Any] = key(
+        None, "Stage 3: keep weights elsewhere.", block=OffloadParam
     )
-    stage3_prefetch_bucket_size: int | float = ignored(
-        50000000, "Elements fetched ahead.", "only stage 3 reads it"
+    stage3_prefetch_bucket_size: int | float = key(
+        50000000, "Stage 3: elements fetched ahead.", low=0
     )
-    stage3_param_persistence_threshold: int | float = ignored(
-        100000, "Smallest weight that is sharded.", "only stage 3 reads it"
+    stage3_param_persistence_threshold: int | float = key(
+        100000, "Stage 3: weights up to this size stay whole.", low=0
     )
-    stage3_model_persistence_threshold: int | float = ignored(
-        None, "Most elements kept whole.", "only stage 3 reads it"
+    stage3_model_persistence_threshold: int | float = key(
+        None, "Stage 3: most elements that stay whole.", low=0
     )
-    stage3_max_live_parameters: int | float = ignored(
-        1000000000, "Most elements gathered.", "only stage 3 reads it"
+    stage3_max_live_parameters: int | float = key(
+        1000000000, "Stage 3: most elements gathered.", low=0
     )
-    stage3_max_reuse_distance: int | float = ignored(
-        1000000000, "Reuse that keeps weights gathered.", "only stage 3 reads it"
+    stage3_max_reuse_distance: int | float = key(
+        1000000000, "Stage 3: weights read again within so many elements stay gathered.", low=0
     )
     stage3_gather_16bit_weights_on_model_save: bool = ignored(
-        False, "Save whole weights.", "only stage 3 reads it"
+        False, "Save whole weights.", "layer files always hold whole weights"
     )
     stage3_gather_fp16_weights_on_model_save: bool = ignored(
-        False, "Save whole weights.", "only stage 3 reads it"
+        False, "Save whole weights.", "layer files always hold whole weights"
     )
 
 

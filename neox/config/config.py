@@ -76,6 +76,11 @@ class NeoXConfig(
         """Data-parallel replicas."""
         return self.world_size // (self.tp * self.pp)
 
+    @property
+    def engine_zero_stage(self) -> int:
+        """The ZeRO stage that trains: in 16 bit, DeepSpeed takes an empty first step at stage 0."""
+        return self.zero_stage if self.dtype == "float32" else max(1, self.zero_stage)
+
     def origin(self, name: str) -> str:
         """Where a value comes from: "pythia.yml:12", "--set", "derived", "fitted" (to the devices
         that are there) or "default".

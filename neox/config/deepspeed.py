@@ -71,8 +71,8 @@ class DeepSpeedConfig:
         "Steps between DeepSpeed's lines.",
         f"{_LOG}, and log_interval is the key that acts",
     )
-    wall_clock_breakdown: bool = ignored(
-        False, "Time the parts of every step.", "only whole steps are timed"
+    wall_clock_breakdown: bool = key(
+        False, "Time the parts of every step, and log their means every log_interval."
     )
     dump_state: bool = ignored(False, "Print DeepSpeed's configuration.", _LOG)
     comms_logger: dict[str, Any] | None = ignored(
@@ -130,8 +130,8 @@ def to_deepspeed(config: NeoXConfig) -> dict[str, Any]:
 
     It holds what acts and nothing else: no optimizer and no scheduler (the engine is given torch's
     and the rate is set before every step), no monitors. Clipping is always written, because
-    DeepSpeed's default changed between versions. ZeRO 0 becomes 1: at stage 0 the gradient norm
-    counts one pipeline stage only, and 16-bit training takes an empty first step; stage 1 is exact.
+    DeepSpeed's default changed between versions. In 16 bit, ZeRO 0 becomes 1, the same arithmetic in
+    less memory: at stage 0 DeepSpeed takes an empty first step.
     """
     result: dict[str, Any] = {
         "train_batch_size": config.train_batch_size,
@@ -142,13 +142,21 @@ def to_deepspeed(config: NeoXConfig) -> dict[str, Any]:
         "prescale_gradients": config.prescale_gradients,
         "gradient_predivide_factor": config.gradient_predivide_factor,
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # offloaded state is stepped by any optimizer
     }
     zero = _acting(config.zero_optimization, ZeroOptimization)
-    result["zero_optimization"] = zero | {"stage": max(1, config.zero_stage)}
+    result["zero_optimization"] = zero | {"stage": config.engine_zero_stage}
+    if config.zero_stage < 3:
+        for name in [name for name in zero if name.startswith("stage3_") or name == "offload_param"]:
+            del result["zero_optimization"][name]
     if config.pipe_parallel_size > 0:
         # The pipeline engine reduces once, after the last micro-batch: there is nothing to overlap
         # with, and DeepSpeed warns of the attempt.
         result["zero_optimization"].pop("overlap_comm", None)
+    if config.sequence_parallel:
+        # What travels between stages is a shard already; otherwise DeepSpeed takes it for the same
+        # on every tensor-parallel rank, and sends and gathers a part of it from each.
+        result["pipeline"] = {"pipe_partitioned": False, "grad_partitioned": False}
     result |= _precision(config)
     if config.fp32_allreduce or config.communication_data_type is not None:
         result["communication_data_type"] = config.communication_data_type or "fp32"

@@ -15,6 +15,7 @@ from neox.config.blocks import (
     DataTypes,
     ExtraArgs,
     OffloadOptimizer,
+    OffloadParam,
     ZeroOptimization,
 )
 from neox.config.fields import keys_of
@@ -41,8 +42,9 @@ def test_a_plain_run() -> None:
         "train_micro_batch_size_per_gpu": 4,
         "gradient_accumulation_steps": 2,
         "gradient_clipping": 1.0,  # written although it is DeepSpeed's default, today
-        "zero_optimization": {"stage": 1},  # asked for 0
+        "zero_optimization": {"stage": 0},
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 1 << 30,
         "prescale_gradients": False,
         "gradient_predivide_factor": 1.0,
@@ -103,6 +105,10 @@ def test_zero_passes_through_what_deepspeed_still_knows() -> None:
         "offload_optimizer": {"device": "cpu", "pin_memory": False},
     }
     assert type(result["reduce_bucket_size"]) is int
+    zero |= {"stage": 3, "offload_param": {"device": "cpu"}}
+    result = to_deepspeed(build(zero_optimization=zero))["zero_optimization"]
+    assert result["stage3_prefetch_bucket_size"] == 1000
+    assert result["offload_param"] == {"device": "cpu"}
 
 
 @pytest.mark.parametrize(("stages", "kept"), [(0, True), (1, False), (2, False)])
@@ -147,12 +153,17 @@ def test_the_lists_of_keys_are_deepspeeds(monkeypatch: pytest.MonkeyPatch) -> No
     from deepspeed.runtime.activation_checkpointing.config import ACT_CHKPT_DEFAULT
     from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-    from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerConfig
+    from deepspeed.runtime.zero.offload_config import (
+        DeepSpeedZeroOffloadOptimizerConfig,
+        DeepSpeedZeroOffloadParamConfig,
+    )
 
     def acting(block: type) -> set[str]:
         return {name for name, spec in keys_of(block).items() if spec.status == "acts"}
 
-    assert acting(ZeroOptimization) <= set(DeepSpeedZeroConfig.model_fields)
+    fields = DeepSpeedZeroConfig.model_fields
+    assert acting(ZeroOptimization) <= {field.alias or name for name, field in fields.items()}
+    assert acting(OffloadParam) <= set(DeepSpeedZeroOffloadParamConfig.model_fields)
     assert acting(FP16) - {"type"} <= set(DeepSpeedFP16Config.model_fields)
     assert acting(BF16) <= set(DeepSpeedBF16Config.model_fields)
     assert acting(OffloadOptimizer) <= set(DeepSpeedZeroOffloadOptimizerConfig.model_fields)

@@ -224,7 +224,7 @@ def test_logits_keep_the_grid_and_take_one_copy(tmp_path: Path) -> None:
     [
         ("model_parallel_size: two", 'model_parallel_size is "two"'),
         ("model_parallel_size: 8\nnum_kv_heads: many", 'num_kv_heads is "many"'),
-        ("model_parallel_size: 8\nzero_optimization: {stage: 3}", "stage is 3"),
+        ("model_parallel_size: 8\nzero_optimization: {stage: 4}", "stage is 4"),
     ],
 )
 def test_a_wrong_value_is_the_only_thing_that_is_told(
