@@ -8,7 +8,7 @@ each group has the parameters of the whole model in order, and where a stage end
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -113,6 +113,9 @@ def _by_place(
             )  # a tied embedding is the first stage's, equal to the last's
             for number, place in enumerate(file[NUMBERED])
         ]
+        weights = [(i, name) for i in checkpoint.indices for name in _weights(checkpoint, i, rank)]
+        if missing := set(weights) - {place for place, _ in numbered}:
+            raise ValueError(missing)  # a file is
     else:
         numbered = _in_upstreams_order(checkpoint, rank, [file["optimizer"] for file in files])
     for place, state in numbered:
@@ -121,13 +124,17 @@ def _by_place(
     return found
 
 
+def _weights(checkpoint: Checkpoint, index: int, rank: int) -> Mapping[str, Tensor]:
+    return checkpoint.shards(index)[rank].tensors
+
+
 def _in_upstreams_order(
     checkpoint: Checkpoint, rank: int, optimizers: list[dict[str, Any]]
 ) -> list[tuple[Place, dict[str, Any] | None]]:
     weights: list[tuple[Place, Tensor]] = [
         ((index, name), weight)
         for index in checkpoint.indices
-        for name, weight in checkpoint.shards(index)[rank].tensors.items()
+        for name, weight in _weights(checkpoint, index, rank).items()
     ]
     groups = len(optimizers[0]["param_groups"])
     if groups > 1:  # upstream makes one group when nothing decays
