@@ -80,7 +80,7 @@ def open_trackers(config: NeoXConfig, rank: int, iteration: int | None = None) -
 
 
 class TensorBoardTracker:
-    """Event files in `tensorboard_dir`."""
+    """Event files in `tensorboard_dir`; the first value of a key at a step is the one kept."""
 
     def __init__(self, config: NeoXConfig, iteration: int | None) -> None:
         try:
@@ -89,10 +89,13 @@ class TensorBoardTracker:
             raise RuntimeError("tensorboard_dir needs `pip install tensorboard`") from error
         first = None if iteration is None else iteration + 1
         self._writer = SummaryWriter(config.tensorboard_dir, purge_step=first)
+        self._steps: dict[str, int] = {}
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         for key, value in values.items():
-            self._writer.add_scalar(key, value, step)
+            if self._steps.get(key) != step:
+                self._steps[key] = step
+                self._writer.add_scalar(key, value, step)
 
     def flush(self) -> None:
         self._writer.flush()

@@ -182,6 +182,9 @@ class Recorder:
         self.closed = False
         self.breaks_at = breaks_at
 
+    def flush(self) -> None:
+        pass
+
     def log(self, values, step) -> None:
         if step == self.breaks_at:
             raise OSError("disk full\nsecond line")
