@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from neox.data.loaders import Batch
 from neox.engine.deepspeed import DeepSpeedEngine
+from neox.model.block import TransformerLayer
 
 FORWARD, BACKWARD = 0, 1
 
@@ -78,6 +79,7 @@ class _Watch:
         self._micro_batch = -1
         self._backward_of = 0  # a pipeline's first stages are ahead with the forward passes
         self._hooks: list[Any] = []
+        self._replaced: list[tuple[nn.Module, str]] = []
 
     def __enter__(self) -> None:
         self._hooks.append(self._local[0][1].register_forward_pre_hook(self._count))
@@ -87,6 +89,7 @@ class _Watch:
                 if id(inner) not in seen:  # tied layers share theirs
                     seen.add(id(inner))
                     self._hooks.append(inner.register_forward_hook(self._checked(index, name)))
+                    self._check_functional(index, name, inner)
             for name, parameter in module.named_parameters(prefix=str(index)):
                 if parameter.requires_grad and id(parameter) not in seen:
                     seen.add(id(parameter))
@@ -96,6 +99,29 @@ class _Watch:
     def __exit__(self, *_: object) -> None:
         for hook in self._hooks:
             hook.remove()
+        for module, method in self._replaced:
+            delattr(module, method)
+
+    def _check_functional(self, index: int, name: str, module: nn.Module) -> None:
+        """Norms and row-parallel layers are not called as modules: neox/model/block.py."""
+        if isinstance(module, TransformerLayer):
+            names = {id(inner): at for at, inner in module.named_modules(prefix=name)}
+            self._replace(module, "_row_summand", index, lambda row, *_: names[id(row)])
+        elif hasattr(module, "apply_with"):
+            self._replace(module, "apply_with", index, lambda *_: name)
+
+    def _replace(
+        self, module: nn.Module, method: str, index: int, called: Callable[..., str]
+    ) -> None:
+        run = getattr(module, method)
+
+        def checked(*arguments: Any) -> Any:
+            output = run(*arguments)
+            self._checked(index, called(*arguments))(module, arguments, output)
+            return output
+
+        setattr(module, method, checked)
+        self._replaced.append((module, method))
 
     def _count(self, *_: object) -> None:
         if not _in_backward():

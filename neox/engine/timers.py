@@ -72,10 +72,17 @@ class StepTimers:
 
     def read(self) -> dict[str, float]:
         seconds = dict(self._seconds)
-        if not self._is_pipelined:
-            seconds.setdefault("backward-allreduce", 0.0)
-            seconds["backward-backward"] = seconds["backward"] - seconds["backward-allreduce"]
-        return seconds
+        if self._is_pipelined:
+            return seconds
+        reduction = seconds.get("backward-allreduce", 0.0)
+        return {
+            "forward": seconds["forward"],
+            "backward": seconds["backward"],
+            "backward-backward": seconds["backward"] - reduction,
+            "backward-allreduce": reduction,
+            "optimizer": seconds["optimizer"],
+            "batch generator": seconds["batch generator"],
+        }
 
     def _timed(self, name: str, run: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(run)

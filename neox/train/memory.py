@@ -21,7 +21,6 @@ def memory_in_mb(device: torch.device) -> dict[str, float]:
             "max reserved": torch.cuda.max_memory_reserved(device) / MB,
         }
     pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return {
-        "resident": pages * os.sysconf("SC_PAGE_SIZE") / MB,
-        "max resident": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-    }
+    resident = pages * os.sysconf("SC_PAGE_SIZE") / MB
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # Linux counts in KB
+    return {"resident": resident, "max resident": max(peak, resident)}

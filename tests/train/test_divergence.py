@@ -100,15 +100,16 @@ def run(
     engine = build_engine(config, groups, VOCAB)
     loader = Text(groups, size)
     guard = Guard(config, groups, engine, loader)
-    weight = plant.pop("weight", None)
+    weight, huge = plant.pop("weight", None), plant.pop("huge", None)
     if plant:
         Planted(engine, **plant)
     for iteration in range(1, 5):
-        if weight is not None and iteration == BAD_STEP:
-            for layer, module in engine.local:
-                for name, parameter in module.named_parameters() if layer.has_file else ():
-                    if f"{layer.index}.{name}" == weight:
-                        parameter.data.view(-1)[-1] = math.nan
+        for layer, module in engine.local if iteration == BAD_STEP else ():
+            for name, parameter in module.named_parameters() if layer.has_file else ():
+                if f"{layer.index}.{name}" == weight:
+                    parameter.data.view(-1)[-1] = math.nan
+                if f"{layer.index}.{name}" == huge:
+                    parameter.data.fill_(3e38)
         step = engine.train_batch(loader, iteration, 0.01)
         try:
             guard.check(iteration, step)
@@ -171,6 +172,20 @@ def test_a_weight_that_was_bad_is_named_and_no_document(
     assert f"The weight 4.mlp.linear1.weight itself holds nan, on rank {rank} (" in message
     assert "document" not in message
     assert message.endswith("There is no checkpoint to go back to.")
+
+
+@pytest.mark.parametrize(
+    "name", ["0.word_embeddings", "3.input_layernorm", "3.attention.dense", "4.mlp.linear2"]
+)
+@pytest.mark.parametrize("topology", [Topology(), Topology(pp=2, tp=2)])
+def test_whatever_overflows_is_named(
+    world: World, tmp_path: Path, name: str, topology: Topology
+) -> None:
+    values = {"zero_optimization": {"stage": 0}}
+    plant = {"huge": f"{name}.weight"}
+    (message,) = set(world.run(topology.world_size, run, topology, values, str(tmp_path), plant))
+    found = name if name != "0.word_embeddings" else "2.input_layernorm"  # squares the table's 3e38
+    assert f" is in the output of {found}, on rank" in message
 
 
 class Fake:
