@@ -11,9 +11,11 @@ The index builders are megatron-core's, whose import costs seconds: hence inside
 from __future__ import annotations
 
 import array
+import fcntl
+import glob
 import hashlib
 import struct
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -214,7 +216,10 @@ class IndexedWriter:
         self._files = ExitStack()
 
     def __enter__(self) -> IndexedWriter:
+        _remove_abandoned(bin_path(self._prefix))
         self._bin = self._files.enter_context(replacing(bin_path(self._prefix)))
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(self._bin, fcntl.LOCK_EX)
         return self
 
     def add(self, ids: np.ndarray, lengths: np.ndarray) -> None:
@@ -254,6 +259,14 @@ class IndexedWriter:
             file.write(lengths.data)
             file.write(offsets[:-1].data)
             file.write(np.arange(len(lengths) + 1, dtype=np.int64).data)
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Remove the parts of `path` that killed processes left; those that live hold a lock."""
+    for part in path.parent.glob(f".{glob.escape(path.name)}.*"):
+        with suppress(OSError), open(part, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            part.unlink()
 
 
 def token_dtype(vocab_size: int) -> np.dtype:

@@ -19,7 +19,7 @@ import re
 import unicodedata
 from collections.abc import Iterator
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import tokenizers
@@ -111,18 +111,23 @@ def cuts_words(tokenizer: tokenizers.Tokenizer) -> bool:
     Its words are those of GPT-2, it is deterministic, adds nothing at either end of a text, and its
     added tokens are found wherever they stand and swallow no white space around them.
     """
-    parts: dict[str, Any] = json.loads(tokenizer.to_str())
-    pre_tokenizer = parts["pre_tokenizer"] or {}
+    from tokenizers.models import BPE
+
+    normalizer, pre_tokenizer, post_processor = (
+        json.loads(part.__getstate__()) if part else {"type": None}
+        for part in (tokenizer.normalizer, tokenizer.pre_tokenizer, tokenizer.post_processor)
+    )
     return (
-        (parts["normalizer"] is None or parts["normalizer"] == {"type": "NFC"})
-        and pre_tokenizer.get("type") == "ByteLevel"
-        and not pre_tokenizer.get("add_prefix_space")
+        normalizer["type"] in (None, "NFC")
+        and pre_tokenizer["type"] == "ByteLevel"
+        and not pre_tokenizer["add_prefix_space"]
         and pre_tokenizer.get("use_regex", True)
-        and (parts["post_processor"] is None or parts["post_processor"]["type"] == "ByteLevel")
-        and not parts["model"].get("dropout")
+        and post_processor["type"] in (None, "ByteLevel")
+        and isinstance(tokenizer.model, BPE)
+        and not tokenizer.model.dropout
         and not any(
-            token["lstrip"] or token["rstrip"] or token["single_word"] or "\n" in token["content"]
-            for token in parts["added_tokens"]
+            token.lstrip or token.rstrip or token.single_word or "\n" in token.content
+            for token in tokenizer.get_added_tokens_decoder().values()
         )
     )
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from neox.data import corpus
 from neox.data.indexed import open_indexed
 from neox.data.preprocess import Summary, preprocess
 from neox.data.recipes import TextRecipe
@@ -173,6 +175,61 @@ def test_a_worker_that_dies(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "in.jsonl")
     with pytest.raises(DataError, match="process died"):
         preprocess([path], tmp_path / "out", TextRecipe(DyingTokenizer()), workers=2)
+
+
+class WaitingTokenizer:
+    """Says that it is at work, and waits to be killed."""
+
+    vocab_size, eod = 512, 0
+
+    def tokenize_batch(self, texts: list[str]) -> list[list[int]]:
+        if texts[0] == "second":
+            print("ready", flush=True)
+            signal.pause()
+        return [[1]] * len(texts)
+
+
+def preprocess_until_killed(folder: Path) -> None:
+    corpus._CHUNK_BYTES = 1
+    recipe = TextRecipe(WaitingTokenizer(), mask_before=[1])
+    preprocess([folder / "in.jsonl"], folder / "out", recipe)
+
+
+def test_a_killed_command_leaves_the_old_dataset_and_the_next_one_tidies_up(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "in.jsonl", ["first", "second"])
+    run([path], tmp_path, mask_before=[58])
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    code = "from pathlib import Path; from tests.data.test_preprocess import *;"
+    code += f"preprocess_until_killed(Path({str(tmp_path)!r}))"
+    killed = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE)
+    assert killed.stdout is not None and killed.stdout.readline() == b"ready\n"
+    left = {file.name for file in tmp_path.iterdir()} - set(before)
+    assert len(left) == 2  # what is half written
+    run([path], tmp_path, mask_before=[58])  # beside one that lives
+    assert left < {file.name for file in tmp_path.iterdir()}
+    killed.kill()
+    killed.wait()
+    assert {name: (tmp_path / name).read_bytes() for name in before} == before
+    run([path], tmp_path, mask_before=[58])
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+def test_input_without_text_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_text('{"text": ""}\n\n')
+    (tmp_path / "in.txt").write_text("")
+    with pytest.raises(DataError, match=r"there is no text in .*in\.jsonl, .*in\.txt"):
+        run([tmp_path / "in.jsonl", tmp_path / "in.txt"], tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_document_of_many_megabytes(tmp_path: Path) -> None:
+    text = "It was the age of foolishness\nand of wisdom\n" * 60_000
+    (tmp_path / "in.txt").write_text(text)
+    tokenizer = load_tokenizer("HFTokenizer", str(small_tokenizer.write(tmp_path)))
+    done = preprocess([tmp_path / "in.txt"], tmp_path / "out", TextRecipe(tokenizer))
+    assert done.documents == 1
+    indexed = open_indexed(str(tmp_path / "out_text_document"))
+    assert tokenizer.detokenize(indexed.get(0).tolist()) == text
 
 
 def test_the_command(tmp_path: Path) -> None:
