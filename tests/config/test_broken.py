@@ -123,6 +123,18 @@ CASES = [
         "--set: train_iter is not a key. Did you mean train_iters?",
         overrides=(("train_iter", 5, "--set"),),
     ),
+    # ---- logging
+    Case(
+        "a profile of no iteration",
+        "profile: true\nlog_dir: logs\nprofile_step_start: 5\nprofile_step_stop: 5",
+        "a.yml:4: profile_step_stop (5) is not after profile_step_start (5), the first iteration "
+        "that is profiled: nothing would be.",
+    ),
+    Case(
+        "a profile without a place",
+        "profile: true",
+        "a.yml:1: profile needs a folder for its trace: set tensorboard_dir or log_dir.",
+    ),
     # ---- keys that come twice
     Case(
         "a key twice",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -196,3 +197,40 @@ def test_a_saved_checkpoint_is_announced(make_config, capsys):
     with _run_log(make_config()) as run:
         run.checkpoint_saved(7, Path("checkpoints/global_step7"))
     assert "iteration 7 saved in checkpoints/global_step7" in capsys.readouterr().out
+
+
+def test_the_parts_of_a_step_are_logged_as_means_of_the_interval(make_config, tmp_path, capsys):
+    with _run_log(make_config(log_dir=str(tmp_path))) as run:
+        for iteration, forward in ((1, 0.1), (2, 0.3)):
+            timers = {"forward": forward, "batch generator": 0.001}
+            run.train_step(iteration, dataclasses.replace(STEP, timers=timers))
+    first, second = _rows(tmp_path)
+    assert "timers/forward" not in first
+    assert second["timers/forward"] == pytest.approx(0.2)
+    assert "time (ms) | forward: 200.00 | batch generator: 1.00" in capsys.readouterr().out
+
+
+def test_norms_join_every_iteration(make_config, tmp_path):
+    norms = {"gradient_norms/2.mlp.linear1.weight": 0.25}
+    with _run_log(make_config(log_dir=str(tmp_path))) as run:
+        for iteration in (1, 2):
+            run.train_step(iteration, dataclasses.replace(STEP, norms=norms))
+    assert [row["gradient_norms/2.mlp.linear1.weight"] for row in _rows(tmp_path)] == [0.25, 0.25]
+
+
+def test_memory_is_told_once(make_config, capsys):
+    _train(make_config(), range(1, 7))
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "memory (MB)" in line]
+    found = re.fullmatch(
+        r"after 2 iterations memory \(MB\) \| resident: ([\d.]+) \| max resident: ([\d.]+)", line
+    )
+    assert found and 50 < float(found[1]) <= float(found[2]) < 50_000
+
+
+def test_a_run_that_starts_over_keeps_the_earlier_file(make_config, tmp_path, capsys):
+    config = make_config(log_dir=str(tmp_path))
+    _train(config, [1, 2])
+    _train(config, [1])
+    assert [row["iteration"] for row in _rows(tmp_path)] == [1]
+    assert len((tmp_path / "metrics-1.jsonl").read_text().splitlines()) == 2
+    assert "metrics.jsonl of an earlier run is kept as metrics-1.jsonl" in capsys.readouterr().out
