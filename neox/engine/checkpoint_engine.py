@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,9 @@ from neox.errors import CheckpointError
 # The classes that DeepSpeed itself writes into its optimizer files; they hold numbers only.
 KNOWN_CLASSES = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
 
+# Under ZeRO 3 every replica tells what the mp_rank file tells.
+_REPETITION = re.compile(r"zero_pp_rank_\d+_mp_rank_\d+_model_states\.pt$")
+
 
 class SafeCheckpointEngine(TorchCheckpointEngine):
     """Loads with weights_only: a pickle from outside never executes.
@@ -32,6 +36,8 @@ class SafeCheckpointEngine(TorchCheckpointEngine):
         self.failure: OSError | None = None
 
     def save(self, state_dict: object, path: str) -> None:
+        if _REPETITION.match(Path(path).name):
+            return
         if self.failure is None:
             try:
                 self.written[Path(path).name] = save_file(state_dict, Path(path))

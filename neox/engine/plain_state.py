@@ -29,7 +29,7 @@ from neox.model.shard import reshard
 from neox.parallel.groups import ProcessGroups
 
 NUMBERED = "optimizer_parameters"  # in our files: the places by parameter number
-_COUNTERS = ("global_steps", "global_samples", "skipped_steps")
+COUNTERS = ("global_steps", "global_samples", "skipped_steps")
 _NOT_KEPT = ("module", "optimizer", NUMBERED)  # and random states, which ours don't need
 
 
@@ -91,7 +91,7 @@ def _is_kind(value: Any) -> bool:
 
 def _kept(file: dict[str, Any]) -> dict[str, Any]:
     """What a resumed run needs of an mp_rank file besides the optimizer's state."""
-    if missing := [counter for counter in _COUNTERS if counter not in file]:
+    if missing := [counter for counter in COUNTERS if counter not in file]:
         raise KeyError(missing)
     return {
         key: value
@@ -205,7 +205,7 @@ def load_plain(
 
     model: dict[str, Any] = {}
     on_every_rank(groups, load)
-    for counter in _COUNTERS:
+    for counter in COUNTERS:
         setattr(inner, counter, model[counter])
     return model
 

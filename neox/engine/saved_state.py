@@ -10,14 +10,16 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from deepspeed.checkpoint.constants import (
     BASE_OPTIMIZER_STATE,
+    FP32_FLAT_GROUPS,
     OPTIMIZER_STATE_DICT,
     PARAM_SLICE_MAPPINGS,
     SINGLE_PARTITION_OF_FP32_GROUPS,
+    ZERO_STAGE,
 )
 from torch import Tensor
 
@@ -90,7 +92,7 @@ class _Fragment:
 
 
 class ZeroState:
-    """The state in ZeRO's files of stage 1 or 2, memory-mapped. Raises CheckpointError."""
+    """The state in ZeRO's files, memory-mapped. Raises CheckpointError."""
 
     def __init__(self, folder: Path, files: OptimizerFiles, layers: list[Layer]) -> None:
         self.folder = folder
@@ -108,7 +110,9 @@ class ZeroState:
         self._fragments: dict[Place, list[list[_Fragment]]] = {}  # by tp rank, by replica
         for stage, rank, replica in product(range(files.pp), range(files.tp), range(files.dp)):
             path = files.path(folder, stage * files.tp + rank, replica)
-            self.shared, fragments = _read(path)
+            model = load_model_file(model_file(folder, stage * files.tp + rank))
+            shapes = model.get("param_shapes") or []
+            self.shared, fragments = _read(path, shapes, replica, files.dp)
             for name, fragment in fragments:
                 place = places.get(name)
                 # The last stage has the tied embedding too, equal to the first one's.
@@ -138,15 +142,31 @@ class ZeroState:
         )
 
 
-def _read(path: Path) -> tuple[dict[str, Any], list[tuple[str, _Fragment]]]:
-    """One replica's file: what is of no parameter, and each fragment by DeepSpeed's name."""
+class _Span(NamedTuple):
+    start: int
+    numel: int
+
+
+def _read(
+    path: Path, shapes: list[dict[str, torch.Size]], replica: int, replicas: int
+) -> tuple[dict[str, Any], list[tuple[str, _Fragment]]]:
+    """One replica's file: what is of no parameter, and each fragment by DeepSpeed's name.
+
+    `shapes` are those of every vector's parameters, as the mp_rank file has them.
+    """
     contents = load_deepspeed_file(path, mmap=True)
     fragments = []
     try:
         state = contents[OPTIMIZER_STATE_DICT]
-        saved = state[BASE_OPTIMIZER_STATE]["state"]
-        masters = state[SINGLE_PARTITION_OF_FP32_GROUPS]
-        for group, mapping in enumerate(state[PARAM_SLICE_MAPPINGS]):
+        mappings: list[dict[str, Any]]
+        if state.get(ZERO_STAGE) == 3:
+            saved, masters = state[OPTIMIZER_STATE_DICT]["state"], state[FP32_FLAT_GROUPS]
+            mappings = [_shares(group_shapes, replica, replicas) for group_shapes in shapes]
+        else:
+            saved = state[BASE_OPTIMIZER_STATE]["state"]
+            masters = state[SINGLE_PARTITION_OF_FP32_GROUPS]
+            mappings = state[PARAM_SLICE_MAPPINGS]
+        for group, mapping in enumerate(mappings):
             values = {"fp32": masters[group].detach(), **moments(saved.get(group, {}))}
             step = values.pop("step", None)
             step = None if step is None else float(step)
@@ -160,8 +180,22 @@ def _read(path: Path) -> tuple[dict[str, Any], list[tuple[str, _Fragment]]]:
                 (name, _Fragment(vectors, step, at.start, at.numel)) for name, at in mapping.items()
             ]
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{path} is not an optimizer file of ZeRO stage 1 or 2") from error
+        raise CheckpointError(f"{path} is not an optimizer file of ZeRO") from error
     return state, fragments
+
+
+def _shares(shapes: dict[str, torch.Size], replica: int, replicas: int) -> dict[str, _Span]:
+    """Where a replica's share of each parameter lies in its vector at stage 3.
+
+    There, every parameter is cut over the replicas for itself, the last share filled up.
+    """
+    spans, start = {}, 0
+    for name, shape in shapes.items():
+        share = -(-shape.numel() // replicas)
+        left = shape.numel() - replica * share
+        spans[name] = _Span(start, max(0, min(share, left)))
+        start += share
+    return spans
 
 
 def _reaches(value: Any, end: int) -> bool:
