@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
+import re
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -175,21 +178,22 @@ def _load_gpt2_bpe(vocab_file: str | None, merge_file: str | None) -> Tokenizer:
 
 
 def _load_hf_gpt2(vocab_file: str | None, merge_file: str | None) -> Tokenizer:
-    """From a tokenizer folder or tokenizer.json; without one, GPT-2's from the Hugging Face hub.
+    """From a tokenizer folder, a tokenizer.json, or the Hugging Face hub by name (gpt2 if none).
 
     A padding token is added as upstream does, so the vocabulary is one larger than the files say.
     """
     name = "HFGPT2Tokenizer"
-    if vocab_file is None:
-        tokenizer = _gpt2_from_hub()
+    source = vocab_file or "gpt2"
+    if not Path(source).exists() and re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", source):
+        tokenizer = _from_hub(source)
     else:
-        path = _existing(name, "vocab_file", vocab_file, "a tokenizer folder or tokenizer.json")
+        path = _existing(name, "vocab_file", source, "a tokenizer folder or tokenizer.json")
         if path.is_file() or (path / "tokenizer.json").exists():
             tokenizer = _read_json(path if path.is_file() else path / "tokenizer.json")
         else:
             tokenizer = _read_vocab_and_merges(path / "vocab.json", path / "merges.txt")
     tokenizer.add_special_tokens([PADDING])
-    return LibraryTokenizer(name, tokenizer, vocab_file or "the hub's gpt2")
+    return LibraryTokenizer(name, tokenizer, source)
 
 
 def _read_json(path: Path) -> tokenizers.Tokenizer:
@@ -218,15 +222,16 @@ def _read_vocab_and_merges(vocab: Path, merges: Path) -> tokenizers.Tokenizer:
     return tokenizer
 
 
-def _gpt2_from_hub() -> tokenizers.Tokenizer:
+def _from_hub(name: str) -> tokenizers.Tokenizer:
     from tokenizers import Tokenizer
 
     try:
-        return Tokenizer.from_pretrained("gpt2")
+        return Tokenizer.from_pretrained(name)
     except Exception as error:
         raise DataError(
-            f"HFGPT2Tokenizer without vocab_file fetches GPT-2's tokenizer, which failed ({error}) "
-            "- set vocab_file to a folder with vocab.json and merges.txt, or to a tokenizer.json"
+            f"HFGPT2Tokenizer: there is no file or folder {name}, and the tokenizer of that name "
+            f"could not be fetched from the hub ({error}) - set vocab_file to a folder with "
+            "vocab.json and merges.txt, or to a tokenizer.json"
         ) from None
 
 
@@ -255,12 +260,25 @@ def _load_tiktoken(vocab_file: str | None, merge_file: str | None) -> Tokenizer:
             f"{', '.join(known)}; it is {vocab_file!r}"
         )
     try:
-        return TiktokenTokenizer(tiktoken.get_encoding(vocab_file))
-    except OSError as error:  # the requests library's errors are OSErrors
+        encoding = tiktoken.get_encoding(vocab_file)
+    except (OSError, ValueError) as error:  # no network, and a file of other contents
         raise DataError(
-            f"tiktoken could not fetch the encoding {vocab_file} ({error}); set TIKTOKEN_CACHE_DIR "
-            "to a folder that holds it"
+            f"tiktoken could not fetch the encoding {vocab_file} ({error}); {_place(error)}"
         ) from None
+    if END_OF_DOCUMENT not in encoding.special_tokens_set:
+        raise DataError(f"the encoding {vocab_file} has no {END_OF_DOCUMENT}: choose another")
+    return TiktokenTokenizer(encoding)
+
+
+def _place(error: Exception) -> str:
+    """Where tiktoken looks for the file that `error` is about: under the SHA-1 of its address."""
+    url = getattr(getattr(error, "request", None), "url", None)
+    if url is None:
+        return "set TIKTOKEN_CACHE_DIR to a folder that holds it"
+    name = hashlib.sha1(url.encode()).hexdigest()
+    folder = os.environ.get("TIKTOKEN_CACHE_DIR")
+    advice = "" if folder else "set TIKTOKEN_CACHE_DIR to a folder and "
+    return f"{advice}put the file of that address at {Path(folder or 'FOLDER') / name}"
 
 
 def _existing(tokenizer_type: str, key: str, value: str | None, what: str) -> Path:
