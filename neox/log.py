@@ -48,9 +48,16 @@ def progress(*, total: int, desc: str, unit: str = "it", initial: int = 0):
         unit=unit,
         unit_scale=unit == "B",
         initial=initial,
+        **_size(sys.stderr) if shown else {},
         disable=not shown,
         leave=False,
     )
+
+
+def _size(terminal: TextIO) -> dict[str, int]:
+    """For tqdm: it shows nothing where a terminal has no size, as under a scheduler's pty."""
+    size = os.get_terminal_size(terminal.fileno())
+    return {} if size.columns and size.lines else {"ncols": 80, "nrows": 24}
 
 
 def quiet_third_parties() -> None:
