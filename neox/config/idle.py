@@ -44,6 +44,7 @@ _IDLE: dict[str, tuple[Callable[[NeoXConfig], bool], str]] = {
         lambda c: c.lr_decay_iters is not None,
         "lr_decay_iters says where the decay ends",
     ),
+    "use_checkpoint_lr_scheduler": (lambda c: c.finetune, "finetune starts a schedule anew"),
     "wsd_decay_ratio": (lambda c: c.lr_decay_style != "wsd", "only lr_decay_style: wsd reads it"),
     "wsd_decay_style": (lambda c: c.lr_decay_style != "wsd", "only lr_decay_style: wsd reads it"),
     "weight_by_num_documents": (

@@ -54,7 +54,7 @@ def _one_schedule_on_resume(config: NeoXConfig) -> Findings:
 @CHECKS.reading("lr_decay_style", "warmup", "wsd_decay_ratio")
 def _warmup_leaves_the_decay(config: NeoXConfig) -> Findings:
     warmup, ratio = config.warmup, config.wsd_decay_ratio
-    if config.lr_decay_style == "wsd" and warmup + ratio > 1:
+    if config.lr_decay_style == "wsd" and warmup + ratio > 1 + 1e-9:
         yield (
             "wsd_decay_ratio",
             f"wsd_decay_ratio is {ratio:g}, but warmup is {warmup:g}: together they take more than "

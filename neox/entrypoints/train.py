@@ -13,7 +13,7 @@ from neox.config import NeoXConfig
 from neox.data.changes import order_facts, warn_of_change
 from neox.data.loaders import build_loaders, settle_iterations
 from neox.engine.build import build_engine
-from neox.errors import CheckpointError, ConfigError
+from neox.errors import ConfigError
 from neox.model.gpt import count_parameters
 from neox.model.layout import pad_vocab_size
 from neox.parallel.groups import ProcessGroups
@@ -21,6 +21,7 @@ from neox.tokenizer import Tokenizer, build_tokenizer
 from neox.train.evaluations import Evaluations, Scores
 from neox.train.loop import train
 from neox.train.metrics import RunLog
+from neox.train.saved_schedule import settle_schedule
 from neox.train.start import find_start
 
 
@@ -45,9 +46,13 @@ def _run(config: NeoXConfig, groups: ProcessGroups) -> None:
     tokenizer = build_tokenizer(config)
     config = settle_iterations(config, groups, vocab_size=tokenizer.vocab_size)
     scores = _task_scores(config, groups, tokenizer)
-    if config.zero_stage == 0:
-        log.info("zero_optimization: stage 0 runs as stage 1, the same arithmetic in less memory")
+    if config.engine_zero_stage != config.zero_stage:
+        log.info(
+            f"zero_optimization: stage 0 runs as stage 1 in {config.dtype}, the same arithmetic in "
+            "less memory"
+        )
     start = find_start(config, groups)
+    config = settle_schedule(config, start.checkpoint, with_optimizer=start.with_optimizer)
     if start.iteration >= config.train_iters:
         log.info(
             f"train_iters ({config.train_iters}) is reached: nothing to train, only evaluating"
@@ -66,13 +71,6 @@ def _run(config: NeoXConfig, groups: ProcessGroups) -> None:
         assert start.checkpoint is not None
         scratch = Path(config.save or start.checkpoint.folder.parent)
         state = engine.load_optimizer(start.checkpoint, scratch)
-        saved = state.get("optimizer_type")
-        if saved not in (None, config.optimizer_type):  # None: not written by this program
-            raise CheckpointError(
-                f"{start.checkpoint.folder}: its optimizer state is that of {saved}, and this "
-                f"run's optimizer is {config.optimizer_type}. Set no_load_optim: true to start a "
-                "fresh one."
-            )
         if isinstance(state.get("data"), dict) and loaders.train is not None:
             warn_of_change(state["data"], order_facts(config, loaders.train))
 

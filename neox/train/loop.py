@@ -19,6 +19,7 @@ from neox.train.divergence import Guard
 from neox.train.evaluations import Evaluations
 from neox.train.metrics import RunLog, StepResult
 from neox.train.profiling import Profiler
+from neox.train.saved_schedule import SAVED, schedule_state
 from neox.train.schedule import rate_reported, rate_used
 
 
@@ -88,7 +89,7 @@ def save(
     directory = Path(config.save)
     state = {
         "iteration": iteration,
-        "optimizer_type": config.optimizer_type,
+        SAVED: schedule_state(config, iteration),
         HAS_MANIFEST: True,
         "data": order_facts(config, evaluations.loaders.train),
     }

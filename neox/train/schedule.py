@@ -11,6 +11,7 @@ the rate that its log line shows:
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 from neox.config import NeoXConfig
 
@@ -20,7 +21,8 @@ def learning_rate(config: NeoXConfig, step: int) -> float:
 
     It rises linearly over the first `warmup` (a fraction) of the decay's iterations, then follows
     `lr_decay_style` down. Linear and cosine arrive at the last decay iteration and stay at
-    `min_lr` from there on. Exponential halves over the decay and keeps halving; no style ever goes
+    `min_lr` from there on; so does wsd, which keeps the peak until the last `wsd_decay_ratio` of
+    the decay's iterations. Exponential halves over the decay and keeps halving; no style ever goes
     below `min_lr`. Step 0 counts as step 1: a rate of zero would waste the first iteration.
     """
     peak, floor = config.lr, config.min_lr
@@ -39,10 +41,22 @@ def learning_rate(config: NeoXConfig, step: int) -> float:
         rate = floor + (peak - floor) / 2 * (1 + math.cos(math.pi * until_end / length))
     elif config.lr_decay_style == "exponential":
         rate = peak * math.exp(-0.693 * elapsed / length)  # 0.693: ln 2 as NeoX rounds it
+    elif config.lr_decay_style == "wsd":
+        falling = config.wsd_decay_ratio * total
+        share = min(max(step - (total - falling), 0.0) / falling, 1.0)
+        rate = floor + (peak - floor) * _REMAINS[config.wsd_decay_style](share)
     else:
         assert config.lr_decay_style == "constant", config.lr_decay_style
         rate = peak
     return max(rate, floor)
+
+
+# What remains of the way from the peak to min_lr after a share of wsd's fall.
+_REMAINS: dict[str, Callable[[float], float]] = {
+    "linear": lambda share: 1 - share,
+    "cosine": lambda share: (1 + math.cos(math.pi * share)) / 2,
+    "minus_sqrt": lambda share: 1 - math.sqrt(share),
+}
 
 
 def rate_used(config: NeoXConfig, iteration: int) -> float:

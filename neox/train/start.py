@@ -10,6 +10,7 @@ from neox.checkpoint.architecture import check_architecture
 from neox.checkpoint.directory import steps
 from neox.checkpoint.neox import Checkpoint, holds_weights, latest_name, resolve
 from neox.checkpoint.optimizer_files import WITHOUT_OPTIMIZER, has_plain_state, optimizer_files
+from neox.checkpoint.sources import load_model_file, model_file
 from neox.checkpoint.verify import tell_newer, telling_another, verify
 from neox.config import NeoXConfig
 from neox.errors import CheckpointError, DamageError
@@ -56,8 +57,19 @@ def find_start(config: NeoXConfig, groups: ProcessGroups) -> Start:
     if optimizer_files(folder, checkpoint.tp) is None and not has_plain_state(folder):
         log.info(f"{folder} holds no optimizer state: starting a fresh optimizer")
         return Start(iteration, checkpoint)
+    _check_optimizer(config, folder)
     log.info(f"resuming {checkpoint.folder} at iteration {iteration}")
     return Start(iteration, checkpoint, with_optimizer=True)
+
+
+def _check_optimizer(config: NeoXConfig, folder: Path) -> None:
+    """Raises CheckpointError for another optimizer's state, if the checkpoint says whose it is."""
+    saved = load_model_file(model_file(folder, 0)).get("optimizer_type")
+    if saved not in (None, config.optimizer_state):
+        raise CheckpointError(
+            f"{folder}: its optimizer state is that of {saved}, and this run's optimizer is "
+            f"{config.optimizer_type}. {WITHOUT_OPTIMIZER}"
+        )
 
 
 def _newest_whole(directory: Path, weights_only: bool, groups: ProcessGroups) -> Checkpoint:

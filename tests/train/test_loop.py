@@ -142,18 +142,18 @@ def test_another_grid_or_precision_takes_the_optimizer_state_or_leaves_it(
 def test_optimizer_files_that_are_missing_or_damaged_are_named(
     world: World, folder: Path, name: str
 ) -> None:
-    grid = Topology(pp=2)
-    train(world, folder, "run", grid, exit_interval=2)
+    grid, values = Topology(pp=2), {"zero_optimization": {"stage": 1}}
+    train(world, folder, "run", grid, **values, exit_interval=2)
     path = folder / f"run/global_step2/{name}_states.pt"
     contents = path.read_bytes()
     for damaged in (contents[:-100], b""):
         path.write_bytes(damaged)
         with pytest.raises(CheckpointError, match=f"{name}.*is damaged.*no_load_optim: true"):
-            train(world, folder, "run", grid)
+            train(world, folder, "run", grid, **values)
     path.unlink()
     with pytest.raises(CheckpointError, match=rf"{name}_states\.pt is missing.*no_load_optim"):
-        train(world, folder, "run", grid)
-    rows = train(world, folder, "run", grid, no_load_optim=True, exit_interval=3)
+        train(world, folder, "run", grid, **values)
+    rows = train(world, folder, "run", grid, **values, no_load_optim=True, exit_interval=3)
     assert list(rows) == [1, 2, 3]
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from neox.train.schedule import decay_iterations, learning_rate, rate_reported, rate_used
 
-STYLES = ["constant", "linear", "cosine", "exponential"]
+STYLES = ["constant", "linear", "cosine", "exponential", "wsd"]
 
 
 @pytest.mark.parametrize("style", STYLES)
@@ -23,7 +23,7 @@ def test_an_iteration_uses_the_rate_that_the_one_before_reported(make_config):
     assert rate_used(config, 1) == rate_reported(config, 1) > 0  # the first has none before it
 
 
-@pytest.mark.parametrize("style", ["linear", "cosine"])
+@pytest.mark.parametrize("style", ["linear", "cosine", "wsd"])
 def test_the_rate_stays_at_min_lr_after_the_decay(make_config, style):
     config = make_config(lr_decay_style=style, train_iters=100, lr_decay_iters=20)
     assert learning_rate(config, 18) > 1e-4
@@ -46,12 +46,45 @@ def test_exponential_halves_over_the_decay(make_config):
     assert learning_rate(config, 1000) == 1e-4
 
 
+@pytest.mark.parametrize(
+    ("style", "halfway"),
+    [("linear", 0.5), ("cosine", 0.5), ("minus_sqrt", 1 - 0.5**0.5)],
+)
+def test_wsd_keeps_the_peak_and_falls_in_the_end(make_config, style, halfway):
+    config = make_config(
+        lr_decay_style="WSD",
+        wsd_decay_style=style,
+        wsd_decay_ratio=0.2,
+        train_iters=150,
+        lr_decay_iters=100,
+        warmup=0.1,
+    )
+    rates = {step: learning_rate(config, step) for step in range(1, 151)}
+    assert [rates[step] for step in range(1, 11)] == pytest.approx([i * 1e-4 for i in range(1, 11)])
+    assert {rates[step] for step in range(10, 81)} == {1e-3}
+    assert rates[81] < 1e-3
+    assert rates[90] == pytest.approx(1e-4 + 9e-4 * halfway)
+    quarter = {"linear": 0.75, "cosine": (1 + 0.5**0.5) / 2, "minus_sqrt": 0.5}[style]
+    assert rates[85] == pytest.approx(1e-4 + 9e-4 * quarter)
+    assert {rates[step] for step in range(100, 151)} == {1e-4}
+
+
+def test_wsds_stable_phase_does_not_depend_on_where_it_ends(make_config):
+    short, long = (
+        make_config(lr_decay_style="wsd", train_iters=iters, warmup=10 / iters, wsd_decay_ratio=0.1)
+        for iters in (100, 1000)
+    )
+    assert [learning_rate(short, i) for i in range(90)] == [
+        learning_rate(long, i) for i in range(90)
+    ]
+
+
 def test_a_warmup_shorter_than_one_step_does_not_overshoot(make_config):
     config = make_config(warmup=0.01)  # 0.2 steps
     assert all(learning_rate(config, step) <= 1e-3 for step in range(21))
 
 
-@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("style", STYLES[:-1])
 def test_warmup_may_take_the_whole_decay(make_config, style):
     config = make_config(lr_decay_style=style, warmup=1.0)
     assert learning_rate(config, 20) == 1e-3

@@ -295,6 +295,7 @@ def trained(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "data_path": f"{folder}/data",
         "save": f"{folder}/run",
         "checkpoint_factor": 2,
+        "zero_optimization": {"stage": 1},
         "log_dir": f"{folder}/logs",
     }
     (folder / "small.yml").write_text(json.dumps(values))
