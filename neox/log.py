@@ -42,22 +42,24 @@ def progress(*, total: int, desc: str, unit: str = "it", initial: int = 0):
     from tqdm import tqdm
 
     shown = _rank == 0 and sys.stderr.isatty()
+    columns, lines = _size(sys.stderr) if shown else (None, None)
     return tqdm(
         total=total,
         desc=desc,
         unit=unit,
         unit_scale=unit == "B",
         initial=initial,
-        **_size(sys.stderr) if shown else {},
+        ncols=columns,
+        nrows=lines,
         disable=not shown,
         leave=False,
     )
 
 
-def _size(terminal: TextIO) -> dict[str, int]:
+def _size(terminal: TextIO) -> tuple[int | None, int | None]:
     """For tqdm: it shows nothing where a terminal has no size, as under a scheduler's pty."""
     size = os.get_terminal_size(terminal.fileno())
-    return {} if size.columns and size.lines else {"ncols": 80, "nrows": 24}
+    return (None, None) if size.columns and size.lines else (80, 24)
 
 
 def quiet_third_parties() -> None:

@@ -63,9 +63,7 @@ class RunLog:
             self._trackers.add(
                 "metrics.jsonl", lambda: Journal(path, iteration, tokens_per_iteration=tokens)
             )
-        self._bar = log.progress(
-            total=config.train_iters, initial=iteration, desc="training", unit=" iterations"
-        )
+        self._bar = log.progress(total=config.train_iters, initial=iteration, desc="training")
         self._last_checkpoint: float | None = None
 
     def train_step(self, iteration: int, step: StepResult) -> None:
