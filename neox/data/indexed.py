@@ -1,11 +1,11 @@
-"""Tokenized corpora on disk, and the one door to megatron-core's index builders.
+"""Tokenized corpora on disk, and the one door to megatron-core's blending.
 
 `PREFIX.bin` holds the token ids of all documents end to end; `PREFIX.idx` says where each starts:
 
     9 bytes "MMIDIDX\\0\\0" | uint64 version 1 | uint8 dtype code | uint64 n | uint64 d
     int32 length in tokens [n] | int64 offset in bytes [n] | int64 document boundaries [d = n + 1]
 
-The index builders are megatron-core's, whose import costs seconds: hence inside the functions.
+Blending is megatron-core's, whose import costs seconds: hence inside the functions.
 """
 
 from __future__ import annotations
@@ -159,20 +159,6 @@ def warm_up(prefix: str | Path) -> None:
             with open(path, "rb", buffering=0) as file:
                 while read := file.read(_CHUNK):
                     bar.update(len(read))
-
-
-def build_sample_index(
-    lengths: np.ndarray, documents: np.ndarray, seq_length: int, epochs: int, tokens: int
-) -> np.ndarray:
-    """Where each sample starts in the stream of `documents`: [samples + 1, 2].
-
-    Row i is (position in `documents`, offset in tokens within that document) of stream position
-    i * seq_length. `lengths` int32: tokens of every document of the dataset; `documents` int32: the
-    stream; `tokens`: of one epoch. The result is int32, or int64 where that is too small.
-    """
-    from megatron.core.datasets import helpers
-
-    return helpers.build_sample_idx(lengths, documents, seq_length, epochs, tokens)
 
 
 def build_blend_index(weights: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:

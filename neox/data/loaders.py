@@ -9,6 +9,8 @@ against a training step, unless a disk or a network has to bring it first.
 from __future__ import annotations
 
 import dataclasses
+import errno
+import resource
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -219,7 +221,7 @@ def _separate(
             for path, label, weight in zip(paths, labels, weights, strict=True)
             if weight > 0 or config.weight_by_num_documents
         ]
-        datasets = [_read(path, label, config, vocab_size) for path, label, _ in chosen]
+        datasets = _read_all(chosen, config, vocab_size)
         weights = [weight for _, _, weight in chosen]
         if config.weight_by_num_documents:
             counts = [len(dataset) for dataset in datasets]
@@ -250,6 +252,23 @@ def _split(
             raise DataError(f"{empty}; change split or data_path")
         log.info(f"{empty}: no {name} losses")
     return samples
+
+
+def _read_all(
+    chosen: list[tuple[str, str | None, float]], config: NeoXConfig, vocab_size: int | None
+) -> list[Documents]:
+    """Datasets stay open, two files each and two more of their order, so there may be thousands."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    try:
+        return [_read(path, label, config, vocab_size) for path, label, _ in chosen]
+    except OSError as error:
+        if error.errno != errno.EMFILE:
+            raise
+        raise DataError(
+            f"{len(chosen)} datasets are more than a process may have open here ({hard} files): "
+            "merge some with tools/data.py, or raise the limit (ulimit -n)"
+        ) from None
 
 
 def _read(path: str, labels: str | None, config: NeoXConfig, vocab_size: int | None) -> Documents:

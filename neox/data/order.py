@@ -8,7 +8,8 @@ from __future__ import annotations
 import numpy as np
 
 from neox import log
-from neox.data.indexed import build_sample_index
+
+_CHUNK = 1 << 20  # samples
 
 
 def split_documents(split: str, count: int) -> list[range]:
@@ -44,11 +45,28 @@ def stream_order(
     random = np.random.RandomState(seed)
     stream = np.tile(np.arange(documents.start, documents.stop, dtype=np.int32), epochs)
     random.shuffle(stream)
-    tokens = int(lengths[documents.start : documents.stop].sum(dtype=np.int64))
-    starts = build_sample_index(lengths, stream, seq_length, epochs, tokens)[:-1]
+    starts = _cuts(lengths[stream], seq_length)
     order = np.arange(len(starts), dtype=np.uint32 if len(starts) < 2**32 - 1 else np.int64)
     random.shuffle(order)
     return stream, starts[order]
+
+
+def _cuts(lengths: np.ndarray, seq_length: int) -> np.ndarray:
+    """(document, token within it) of every `seq_length`-th token of documents end to end: [N, 2].
+
+    As many as there are with `seq_length` more tokens behind them. int32, or int64 where needed.
+    """
+    sums = np.zeros(len(lengths) + 1, dtype=np.int64)
+    np.cumsum(lengths, out=sums[1:])
+    count = max(0, (int(sums[-1]) - 1) // seq_length)
+    largest = max(len(lengths), int(lengths.max()))
+    cuts = np.empty((count, 2), dtype=np.int32 if largest < 2**31 else np.int64)
+    for first in range(0, count, _CHUNK):
+        places = np.arange(first, min(first + _CHUNK, count), dtype=np.int64) * seq_length
+        found = np.searchsorted(sums, places, side="right") - 1  # the last one: not an empty one
+        cuts[first : first + _CHUNK, 0] = found
+        cuts[first : first + _CHUNK, 1] = places - sums[found]
+    return cuts
 
 
 def whole_order(
@@ -71,7 +89,7 @@ def whole_order(
         stream = usable.copy()
         random.shuffle(stream)
         if joined:
-            ends = _filled(np.minimum(lengths[stream], room), room)
+            ends = _filled(np.minimum(lengths[stream], np.int64(room)), room)
         else:
             ends = np.arange(1, len(stream) + 1, dtype=np.int64)
         bounds.append(ends + bounds[-1][-1])

@@ -17,6 +17,7 @@ from neox.data.recipes import TextRecipe
 from neox.parallel.groups import ProcessGroups
 from neox.tokenizer import load_tokenizer
 from tests.conformance.small import small_config
+from tests.data.datasets import Replica
 
 
 def test_batches_equal_upstreams_bit_for_bit(shared: Path, tmp_path: Path) -> None:
@@ -34,6 +35,33 @@ def test_batches_equal_upstreams_bit_for_bit(shared: Path, tmp_path: Path) -> No
             assert np.array_equal(batch.tokens_BS, row[:, :-1])
             assert np.array_equal(batch.labels_BS, row[:, 1:])
             assert torch.equal(batch.loss_mask_BS, torch.ones(4, 128))
+
+
+@pytest.mark.parametrize(("dp", "micro", "first"), [(2, 4, 0), (2, 1, 7), (4, 2, 13), (1, 8, 19)])
+def test_every_grid_reads_upstreams_batches_wherever_it_starts(
+    shared: Path, tmp_path: Path, dp: int, micro: int, first: int
+) -> None:
+    """The 8 samples of each of upstream's 20 steps, read by other replicas and micro-batches."""
+    upstream = shared / "upstream"
+    for file in (upstream / "data").glob("topics_text_document.*"):
+        shutil.copyfile(file, tmp_path / file.name)
+    values = small_config(upstream) | {
+        "data_path": str(tmp_path / "topics_text_document"),
+        "train_batch_size": 8,
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": 8 // (dp * micro),
+    }
+    config = from_dict(values, world_size=dp)
+    expected = np.load(upstream / "batches/small_dp0of1.npz", allow_pickle=False)
+    ranks = [build_loaders(config, Replica.of(rank, dp), first, eod=0) for rank in range(dp)]
+    for step in range(first, 20):
+        read = [
+            next(loaders.train).tokens_BS.numpy()
+            for _ in range(config.gradient_accumulation_steps)
+            for loaders in ranks
+        ]
+        rows = expected["train"][2 * step : 2 * step + 2].reshape(8, 129)
+        assert np.array_equal(np.concatenate(read), rows[:, :-1])
 
 
 @pytest.mark.parametrize("workers", [1, 2])

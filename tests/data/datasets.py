@@ -8,9 +8,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from neox.config import NeoXConfig, from_dict
 from neox.data.indexed import IndexedWriter
+from neox.parallel.groups import ProcessGroups
+from neox.parallel.topology import Topology
+
+
+class Replica(ProcessGroups):
+    """A data-parallel rank that has nobody to wait for: a test builds them one after another."""
+
+    @classmethod
+    def of(cls, rank: int, dp: int) -> Replica:
+        return cls(Topology(dp=dp), rank, torch.device("cpu"))
+
+    def barrier(self) -> None:
+        pass
 
 
 def write_dataset(

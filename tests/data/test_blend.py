@@ -5,8 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from neox.data.blend import open_blend
+from neox.data.blend import open_blend, weights_of_counts
 from neox.data.documents import open_documents
+from neox.errors import DataError
 from neox.parallel.groups import ProcessGroups
 from tests.data.datasets import naive_order, training_config, write_dataset
 
@@ -61,3 +62,53 @@ def test_a_change_of_weights_is_seen(tmp_path: Path) -> None:
         for weights in ([1.0, 1.0], [3.0, 1.0])
     ]
     assert shares == [20, 30]
+
+
+@pytest.mark.parametrize(
+    ("counts", "alpha", "expected"),
+    [
+        ([900, 100], 1.0, [0.9, 0.1]),  # what upstream's documentation promises; it gives 0.5, 0.5
+        ([900, 100], 0.0, [0.5, 0.5]),
+        ([900, 100], 0.5, [0.75, 0.25]),
+        ([1, 3], 2.0, [0.1, 0.9]),
+        ([7], 0.3, [1.0]),
+        ([10**12, 10**12, 2 * 10**12], 1.0, [0.25, 0.25, 0.5]),
+        ([2**31 - 1, 1], 300.0, [1.0, 0.0]),  # n ** 300 is no float
+    ],
+)
+def test_weights_follow_document_counts(counts, alpha: float, expected) -> None:
+    assert weights_of_counts(counts, alpha) == pytest.approx(expected, abs=1e-12)
+
+
+def test_more_datasets_than_a_byte_can_count(tmp_path: Path) -> None:
+    write_dataset(tmp_path / "a", [900])
+    write_dataset(tmp_path / "b", [900], first=1000)
+    common, last = (open_documents(str(tmp_path / name)) for name in ("a", "b"))
+    config = training_config(tmp_path)
+    blend = open_blend([common] * 299 + [last], None, 900, config, ProcessGroups.single())
+    from_last = [n for n in range(900) if blend[n].tokens_T[0] >= 1000]
+    assert from_last == [299, 599, 899]
+
+
+def test_too_many_datasets(tmp_path: Path) -> None:
+    write_dataset(tmp_path / "a", [30])
+    datasets = [open_documents(str(tmp_path / "a"))] * 2**15
+    with pytest.raises(DataError, match="32768 datasets are too many to blend: merge some"):
+        open_blend(datasets, None, 10, training_config(tmp_path), ProcessGroups.single())
+
+
+def test_origins_are_those_of_the_dataset_drawn(tmp_path: Path) -> None:
+    texts = {
+        "a": write_dataset(tmp_path / "a", [5, 0, 90]),
+        "b": write_dataset(tmp_path / "b", [40, 41, 3], first=1000),
+    }
+    config = training_config(tmp_path)
+    datasets = [open_documents(str(tmp_path / name)) for name in texts]
+    blend = open_blend(datasets, [1.0, 2.0], 60, config, ProcessGroups.single())
+    for n in range(60):
+        parts = [
+            texts[Path(part.prefix).name][part.document][part.start : part.stop]
+            for part in blend.origins(n)
+        ]
+        assert all(len(part) for part in parts)
+        assert np.array_equal(np.concatenate(parts), blend[n].tokens_T)

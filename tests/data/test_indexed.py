@@ -7,7 +7,15 @@ import numpy as np
 import pytest
 import torch
 
-from neox.data.indexed import IndexedWriter, bin_path, idx_path, open_indexed, token_dtype
+from neox.data.indexed import (
+    IndexedWriter,
+    bin_path,
+    fingerprint,
+    idx_path,
+    open_indexed,
+    token_dtype,
+    warm_up,
+)
 from neox.errors import DataError
 from tests.data.datasets import write_dataset
 
@@ -99,3 +107,65 @@ def test_a_dataset_without_documents(tmp_path: Path) -> None:
         pass
     with pytest.raises(DataError, match="no documents"):
         open_indexed(str(tmp_path / "data"))
+
+
+def test_a_fingerprint_is_of_the_content(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    for prefix in (tmp_path / "a", tmp_path / "elsewhere" / "b"):
+        write_dataset(prefix, [3, 40, 500])
+    write_dataset(tmp_path / "other", [3, 500, 40])
+    same = fingerprint(tmp_path / "a")
+    assert fingerprint(tmp_path / "elsewhere" / "b") == same
+    assert fingerprint(tmp_path / "other") != same
+    data = bytearray(bin_path(tmp_path / "a").read_bytes())
+    data[len(data) // 2] ^= 1
+    bin_path(tmp_path / "a").write_bytes(data)
+    assert fingerprint(tmp_path / "a") != same
+
+
+@pytest.mark.parametrize("size", [1, 2**14 - 1, 2**14 + 1, 2**18 - 1, 2**18 + 1, 10**6])
+def test_a_fingerprint_reads_the_end_and_no_more_than_it_must(tmp_path: Path, size: int) -> None:
+    write_dataset(tmp_path / "a", [size])
+    same = fingerprint(tmp_path / "a")
+    data = bytearray(bin_path(tmp_path / "a").read_bytes())
+    data[-1] ^= 1
+    bin_path(tmp_path / "a").write_bytes(data)
+    assert fingerprint(tmp_path / "a") != same
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.int16, np.uint16, np.int32, np.int64])
+def test_every_integer_type(tmp_path: Path, dtype: type) -> None:
+    ids = np.array([1, 2, 3, 100]).astype(dtype)
+    with IndexedWriter(tmp_path / "data", dtype=np.dtype(dtype)) as writer:
+        writer.add(ids, np.array([3, 1]))
+    indexed = open_indexed(tmp_path / "data")
+    assert indexed.dtype == dtype
+    assert indexed.get(0).tolist() == [1, 2, 3]
+    assert indexed.get(0, 1, 2).tolist() == [2, 3]
+    assert indexed.get(1).tolist() == [100]
+
+
+def test_warming_up_reads_everything(tmp_path: Path, monkeypatch) -> None:
+    class Bar:
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error: object) -> None: ...
+
+        def update(self, read: int) -> None:
+            progress.append(read)
+
+    progress: list[int] = []
+    monkeypatch.setattr("neox.data.indexed._CHUNK", 100)
+    monkeypatch.setattr("neox.log.progress", lambda **about: Bar())
+    write_dataset(tmp_path / "data", [300])
+    warm_up(tmp_path / "data")
+    size = sum(path(tmp_path / "data").stat().st_size for path in (bin_path, idx_path))
+    assert sum(progress) == size
+
+
+def test_upstreams_older_format_is_named(tmp_path: Path) -> None:
+    write_dataset(tmp_path / "data", [3])
+    idx_path(tmp_path / "data").write_bytes(b"TNTIDX\0\0" + bytes(50))
+    with pytest.raises(DataError, match="as --dataset-impl cached and lazy made them"):
+        open_indexed(tmp_path / "data")

@@ -1,18 +1,25 @@
 from __future__ import annotations
 
+import errno
+import gc
 import itertools
 import os
+import threading
+import time
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from neox.data.documents import Sample
 from neox.data.loaders import Batch, Loader, Loaders, build_loaders
+from neox.data.samples import Origin
 from neox.errors import DataError
 from neox.parallel.groups import ProcessGroups
 from neox.parallel.topology import Topology
-from tests.data.datasets import naive_order, training_config, write_dataset
+from tests.data.datasets import naive_order, training_config, write_dataset, write_labels
 from tests.world import World
 
 LENGTHS = [60, 1, 33, 90, 25, 47, 80, 9, 40, 50]  # with split 8,1,1: train 0-7, valid 8, test 9
@@ -152,3 +159,162 @@ def test_separate_datasets(tmp_path: Path) -> None:
     assert np.bincount(sources).tolist() == [8, 16]
     assert set(rows(loaders.valid, 8)[:, 0] // 1000) == {2}
     assert set(rows(loaders.test, 2)[:, 0] // 1000) == {3}
+
+
+def test_weights_of_zero_leave_a_dataset_out(tmp_path: Path) -> None:
+    write_dataset(tmp_path / "b", [900], first=1000)
+    paths = [str(tmp_path / "absent"), str(tmp_path / "b")]
+    data = {f"{split}_data_paths": paths for split in ("train", "valid", "test")}
+    data |= {f"{split}_data_weights": [0.0, 2.0] for split in ("train", "valid", "test")}
+    loaders = build(tmp_path, data_path=None, split=None, **data)
+    assert rows(loaders.train, 12).min() >= 1000
+
+
+@pytest.mark.parametrize(("alpha", "expected"), [(1.0, 18), (0.0, 12), (0.5, 15)])
+def test_weights_by_document_count(tmp_path: Path, alpha: float, expected: int, capsys) -> None:
+    write_dataset(tmp_path / "a", [5] * 90)  # three times the documents, and fewer tokens
+    write_dataset(tmp_path / "b", [90] * 30, first=10000)
+    paths = [str(tmp_path / "a"), str(tmp_path / "b")]
+    data = {f"{split}_data_paths": paths for split in ("train", "valid", "test")}
+    loaders = build(
+        tmp_path,
+        data_path=None,
+        split=None,
+        weight_by_num_documents=True,
+        weighted_sampler_alpha=alpha,
+        **data,
+    )
+    from_a = (rows(loaders.train, 12)[:, 0] < 10000).sum()
+    assert abs(from_a - expected) <= 1
+    assert f"{paths[0]}, 90 documents, weight" in capsys.readouterr().out
+
+
+def test_origins_of_a_rank(tmp_path: Path) -> None:
+    texts = write_dataset(tmp_path / "data", LENGTHS)
+    samples = build(tmp_path).train._samples
+    for rank in range(3):
+        loader = Loader(samples, batch_size=2, dp=3, dp_rank=rank, start=5, masked_token=None)
+        for number in (0, 4, 17, 1000):
+            batch = loader.read(number)
+            for row, parts in enumerate(loader.origins(number)):
+                tokens = np.concatenate([texts[p.document][p.start : p.stop] for p in parts])
+                assert np.array_equal(tokens[:-1], batch.tokens_BS[row])
+                assert np.array_equal(tokens[1:], batch.labels_BS[row])
+        first = next(loader)
+        assert torch.equal(first.tokens_BS, loader.read(5).tokens_BS)
+
+
+class CountedSamples:
+    """Samples whose tokens are their number; reading `bad` is an error."""
+
+    def __init__(self, bad: int | None = None) -> None:
+        self.bad = bad
+        self.facts: dict = {}
+        self.read: list[int] = []
+        self.threads: set[str] = set()
+
+    def __len__(self) -> int:
+        return 10**9
+
+    def __getitem__(self, n: int) -> Sample:
+        if n % 7 == 0:
+            time.sleep(0.001)  # so that threads overtake one another
+        self.threads.add(threading.current_thread().name)
+        self.read.append(n)
+        if n == self.bad:
+            raise DataError(f"sample {n}")
+        tokens = np.full(4, n)
+        return Sample(tokens, tokens)
+
+    def origins(self, n: int) -> list[Origin]:
+        return []
+
+
+def counted(workers: int, bad: int | None = None, start: int = 0) -> tuple[Loader, CountedSamples]:
+    samples = CountedSamples(bad)
+    kind = {"batch_size": 1, "dp": 1, "dp_rank": 0, "masked_token": None}
+    return Loader(samples, start=start, workers=workers, **kind), samples
+
+
+@pytest.mark.parametrize("workers", [0, 1, 4])
+def test_threads_keep_the_order_and_read_no_further_than_they_may(workers: int) -> None:
+    loader, samples = counted(workers, start=3)
+    assert not samples.read  # nothing is read before the first batch is asked for
+    for n in range(3, 103):
+        assert next(loader).tokens_BS[0, 0] == n
+        assert max(samples.read) <= n + 2 * workers
+    assert len(samples.read) == len(set(samples.read))
+    in_background = {name.startswith("neox-data") for name in samples.threads}
+    assert in_background == {workers > 0}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_error_comes_with_its_own_batch(workers: int) -> None:
+    loader, _ = counted(workers, bad=4)
+    for n in range(4):
+        assert next(loader).tokens_BS[0, 0] == n
+    with pytest.raises(DataError, match="sample 4"):
+        next(loader)
+
+
+def test_far_micro_batches_are_no_overflow() -> None:
+    loader, _ = counted(0)
+    assert loader.read(3 * 10**12 + 5).tokens_BS[0, 0] == 5
+
+
+def test_memory_stays_flat_over_many_steps(tmp_path: Path) -> None:
+    """Upstream's loader keeps every batch it ever made."""
+    for name in ("a", "b"):
+        lengths = np.random.default_rng(0).integers(1, 40, size=500).tolist()
+        texts = write_dataset(tmp_path / name, lengths)
+        write_labels(tmp_path / f"{name}_labels", texts, [np.arange(k) % 2 for k in lengths])
+    paths = [str(tmp_path / name) for name in ("a", "b")]
+    data = {f"{split}_data_paths": paths for split in ("train", "valid", "test")}
+    labels = [f"{path}_labels" for path in paths]
+    loaders = build(
+        tmp_path,
+        data_path=None,
+        split=None,
+        train_label_data_paths=labels,
+        pack_impl="pack_until_overflow",
+        **data,
+    )
+    for _ in range(300):  # every page of the files is mapped by then
+        next(loaders.train)
+    gc.collect()
+    tracemalloc.start()
+    for _ in range(20):
+        next(loaders.train)
+    before, _ = tracemalloc.get_traced_memory()
+    for _ in range(3000):
+        next(loaders.train)
+    after, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    # A batch is 2 x 8 x (8 + 8 + 4) bytes beside its tensors' 1,000: 3,000 kept would be megabytes.
+    assert after - before < 50_000
+    assert peak - before < 200_000
+
+
+def test_the_first_rank_of_a_machine_reads_the_files_on_request(
+    tmp_path: Path, monkeypatch
+) -> None:
+    read: list[str] = []
+    monkeypatch.setattr("neox.data.loaders.warm_up", read.append)
+    write_dataset(tmp_path / "data", LENGTHS)
+    build(tmp_path)
+    assert read == []
+    build(tmp_path, mmap_warmup=True)
+    assert read == [str(tmp_path / "data")]
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    build(tmp_path, mmap_warmup=True)
+    assert len(read) == 1
+
+
+def test_more_datasets_than_files_may_be_open(tmp_path: Path, monkeypatch) -> None:
+    def open_no_more(*about: object) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr("neox.data.loaders.open_documents", open_no_more)
+    data = {f"{split}_data_paths": ["a", "b"] for split in ("train", "valid", "test")}
+    with pytest.raises(DataError, match="2 datasets are more than a process may have open here"):
+        build(tmp_path, data_path=None, split=None, **data)

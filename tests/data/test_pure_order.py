@@ -11,9 +11,7 @@ import pytest
 import torch
 
 from neox.data.loaders import Batch, Loader, build_loaders
-from neox.parallel.groups import ProcessGroups
-from neox.parallel.topology import Topology
-from tests.data.datasets import training_config, write_dataset, write_labels
+from tests.data.datasets import Replica, training_config, write_dataset, write_labels
 
 STEPS, BATCH = 6, 12
 # Who reads the 12 samples of a step: (dp, micro-batch, accumulation).
@@ -56,13 +54,6 @@ def config_of(folder: Path, kind: str, dp: int, micro: int, accumulation: int, *
     return dataclasses.replace(config, train_epochs=3) if kind == "epochs" else config
 
 
-class Rank(ProcessGroups):
-    """A data-parallel rank that has nobody to wait for: the others run after it."""
-
-    def barrier(self) -> None:
-        pass
-
-
 def step_rows(batches: list[Batch]) -> list[tuple]:
     """Tokens, labels and mask of each row, in no order."""
     stacked = [torch.cat(tensors).tolist() for tensors in zip(*batches, strict=True)]
@@ -75,8 +66,7 @@ def read(folder: Path, kind: str, grid: tuple[int, int, int], first: int, **valu
     config = config_of(folder, kind, dp, micro, accumulation, **values)
     ranks = []
     for rank in range(dp):
-        groups = Rank(Topology(dp=dp), rank, torch.device("cpu"))
-        ranks.append(build_loaders(config, groups, first, 7))
+        ranks.append(build_loaders(config, Replica.of(rank, dp), first, 7))
     found = {}
     for split, count in (("train", STEPS - first), ("valid", 2)):
         loaders: list[Loader] = [getattr(loaders, split) for loaders in ranks]
