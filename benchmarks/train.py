@@ -1,10 +1,12 @@
 """Training speed and memory against transformers: the same model, batch and optimizer.
 
 Ours is the engine that `./deepy.py train.py` uses; the peer is GPTNeoXForCausalLM (eager, SDPA)
-with fused torch AdamW and clipping. Each lives in a process of its own, so that peak memory is its
-own; they take turns, one timed turn each per round, so that what else the machine does falls on
-both. tokens_per_s_over_transformers is the median over the rounds of one turn against the other,
-peak_memory_over_transformers the ratio of the two processes' peak resident memory.
+with fused torch AdamW and clipping. A third contestant does the step's matrix products and nothing
+else. Each lives in a process of its own, so that peak memory is its own; they take turns, one timed
+turn each per round, so that what else the machine does falls on all. tokens_per_s_over_transformers
+is the median over the rounds of one turn against the other, share_of_matmul_rate that of the
+products' time against our step's, peak_memory_over_transformers the ratio of two processes' peak
+resident memory.
 
     python benchmarks/train.py [--quick] [--json FILE]
 """
@@ -149,6 +151,45 @@ def transformers(shape: Shape) -> Step:
     return step
 
 
+def products(shape: Shape) -> Step:
+    """The matrix products of one step, forward and backward, each once, into memory that is there.
+
+    Every layer has its own operands, as in the step. Attention's products are made in blocks of 64
+    queries with the keys up to the block's last: what lies beyond is masked and not needed.
+    """
+    import torch
+
+    T, H, S = shape.batch * shape.sequence, shape.hidden, shape.sequence
+    sizes = [(H, 3 * H), (H, H), (H, 4 * H), (4 * H, H)] * shape.layers + [(H, shape.vocab)]
+    linears = [(torch.randn(T, k), torch.randn(n, k), torch.randn(T, n)) for k, n in sizes]
+    results = [tuple(torch.empty_like(t) for t in operands) for operands in linears]
+    heads = shape.batch * shape.heads, S, H // shape.heads
+    q, k, v, dy = (torch.randn(heads) for _ in range(4))
+
+    def attention() -> None:
+        for start in range(0, S, 64):
+            stop = min(start + 64, S)
+            rows, seen = slice(start, stop), slice(stop)
+            scores = torch.bmm(q[:, rows], k[:, seen].mT)
+            torch.bmm(scores, v[:, seen])
+            grad_scores = torch.bmm(dy[:, rows], v[:, seen].mT)
+            torch.bmm(grad_scores, k[:, seen])
+            torch.bmm(grad_scores.mT, q[:, rows])
+            torch.bmm(scores.mT, dy[:, rows])
+
+    def step() -> float:
+        for (x, w, _), (_, _, y) in zip(linears, results, strict=True):
+            torch.mm(x, w.t(), out=y)
+        for _ in range(shape.layers):
+            attention()
+        for (x, w, grad_y), (grad_x, grad_w, _) in zip(linears, results, strict=True):
+            torch.mm(grad_y, w, out=grad_x)
+            torch.mm(grad_y.t(), x, out=grad_w)
+        return math.nan
+
+    return step
+
+
 def random_tokens(shape: Shape) -> Tensor:
     """int64 [batch, sequence], the same for both."""
     import torch
@@ -184,7 +225,7 @@ def work(build: Callable[[Shape], Step], shape: Shape, orders: Connection) -> No
 def compete(shape: Shape) -> tuple[dict[str, list[float]], dict[str, float], dict[str, float]]:
     """For each contestant: tokens/s of every round, the last loss, peak memory in bytes."""
     context = multiprocessing.get_context("spawn")
-    contestants = {"ours": ours, "transformers": transformers}
+    contestants = {"ours": ours, "transformers": transformers, "products": products}
     orders: dict[str, Connection] = {}
     for name, build in contestants.items():
         orders[name], theirs = context.Pipe()
@@ -226,8 +267,10 @@ def main() -> None:
 
     speeds, losses, memory = compete(shape)
     ratios = [a / b for a, b in zip(speeds["ours"], speeds["transformers"], strict=True)]
+    shares = [a / b for a, b in zip(speeds["ours"], speeds["products"], strict=True)]
     figures = {
         "tokens_per_s_over_transformers": statistics.median(ratios),
+        "share_of_matmul_rate": statistics.median(shares),
         "peak_memory_over_transformers": memory["ours"] / memory["transformers"],
     }
 
@@ -239,8 +282,9 @@ def main() -> None:
     for name, values in speeds.items():
         gigabytes = memory[name] / 1e9
         print(f"{name:14}{statistics.median(values):10.1f}{gigabytes:10.2f}{losses[name]:10.3f}")
-    speed, peak = figures.values()
+    speed, share, peak = figures.values()
     print(f"{'ratio':14}{speed:10.3f}{peak:10.3f}   ({min(ratios):.2f} to {max(ratios):.2f})")
+    print(f"share of the products' rate: {share:.3f} ({min(shares):.2f} to {max(shares):.2f})")
     if arguments.json:
         write_text(arguments.json, json.dumps(figures) + "\n")
 

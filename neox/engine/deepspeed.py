@@ -30,14 +30,23 @@ from neox.config.deepspeed import to_deepspeed
 from neox.data.loaders import Batch
 from neox.engine.base import TrainStep
 from neox.engine.checkpoint_engine import SafeCheckpointEngine, load_deepspeed_file
+from neox.engine.clipping import clip_before_steps
 from neox.engine.elastic import load_universal, universal_checkpoint
 from neox.engine.evaluating import gathered, lent
+from neox.engine.memory import keep_freed_memory
 from neox.engine.optimizers import build_optimizer
-from neox.engine.plain_state import PlainState
-from neox.engine.saved_state import ZeroState
+from neox.engine.plain_state import PlainState, described, load_plain
+from neox.engine.saved_state import SavedState, ZeroState
+from neox.engine.sharded_weights import (
+    is_sharded,
+    load_sharded,
+    name_model_files,
+    save_gathered,
+)
 from neox.errors import CheckpointError
 from neox.model.gpt import Layer, LocalLayers
 from neox.parallel.groups import ProcessGroups
+from neox.parallel.region import TensorParallelRegion
 from neox.parallel.rng import DropoutStreams
 
 
@@ -50,13 +59,15 @@ def start_deepspeed(groups: ProcessGroups) -> None:
     # DeepSpeed asks for files with weights_only=False here and there; torch is not to listen.
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
     os.environ.setdefault("LOCAL_RANK", str(groups.rank))
+    if groups.device.type == "cpu":
+        keep_freed_memory()
     if not dist.is_initialized():  # one process: DeepSpeed needs a group even then
         backend = "nccl" if groups.device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False)
 
 
-def wrap(model: nn.Module, config: NeoXConfig, mpu: object = None) -> Any:
+def wrap(model: nn.Module, config: NeoXConfig, groups: ProcessGroups, mpu: object = None) -> Any:
     """DeepSpeed's engine around a model whose weights are final. Collective over the world.
 
     `mpu` tells DeepSpeed the groups; a PipelineModule brings its own.
@@ -71,12 +82,18 @@ def wrap(model: nn.Module, config: NeoXConfig, mpu: object = None) -> Any:
             mpu=mpu,
             dist_init_required=False,
         )
+    if not inner.zero_optimization():
+        clip_before_steps(inner, config.gradient_clipping, groups)
+    if groups.dp == 1:  # nothing to average; DeepSpeed would copy every gradient twice
+        inner.buffered_allreduce_fallback = lambda *args, **kwargs: None
     inner.checkpoint_engine = SafeCheckpointEngine()
     # Weights travel in layer files only: DeepSpeed's own files neither repeat nor seek them.
     inner.module_state_dict = lambda exclude_frozen_parameters=False: None
     inner.load_module_state_dict = lambda *args, **kwargs: None
     # Nor does it leave its scripts for turning them into weights beside them.
     inner._copy_recovery_script = lambda save_path: None
+    if inner.zero_optimization_partition_weights():
+        name_model_files(inner, groups)
     return inner
 
 
@@ -91,12 +108,14 @@ class DeepSpeedEngine(ABC):
         layers: list[Layer],
         local: LocalLayers,
         streams: DropoutStreams,
+        region: TensorParallelRegion,
         groups: ProcessGroups,
     ) -> None:
         self.inner = inner
         self.layers = layers  # of the whole model
         self.local = local
         self.streams = streams
+        self.region = region
         self.groups = groups
 
     def train_batch(self, batches: Iterator[Batch], iteration: int, rate: float) -> TrainStep:
@@ -117,19 +136,26 @@ class DeepSpeedEngine(ABC):
     def train_loss(self, batches: Iterator[Batch]) -> float:
         """Forward, backward and step over one global batch; the mean loss, on every rank."""
 
-    def lend(self) -> contextlib.AbstractContextManager[LocalLayers]:
-        if self.inner.zero_optimization_partition_weights():
-            return contextlib.nullcontext(gathered(self.local, self.groups.device))
-        return lent(self.local)
+    @contextlib.contextmanager
+    def lend(self) -> Iterator[LocalLayers]:
+        with self.region.whole_sequences():
+            if self.inner.zero_optimization_partition_weights():
+                yield gathered(self.local, self.groups.device)
+            else:
+                with lent(self.local) as local:
+                    yield local
 
     def save(self, folder: Path, state: dict[str, Any]) -> dict[str, Entry]:
         files = self.inner.checkpoint_engine = SafeCheckpointEngine()
         layers: dict[str, Entry] = {}
         try:
-            if self.groups.dp_rank == 0:
+            if self.inner.zero_optimization_partition_weights():
+                layers = save_gathered(folder, self.local, self.groups)
+            elif self.groups.dp_rank == 0:
                 layers = save_layers(folder, self.local, self.groups)
         except OSError as error:
             files.failure = error
+        state = {**state, **described(self.inner, self.local)}
         self.inner.save_checkpoint(
             str(folder.parent), tag=folder.name, client_state=state, save_latest=False
         )
@@ -142,15 +168,24 @@ class DeepSpeedEngine(ABC):
         own = OptimizerFiles(groups.tp, groups.pp, groups.dp, self.inner.bfloat16_enabled())
         try:
             files = optimizer_files(folder, checkpoint.tp)
+
+            def read() -> SavedState:
+                return ZeroState(folder, files, self.layers) if files else PlainState(checkpoint)
+
+            if not self.inner.zero_optimization():
+                return load_plain(self.inner, folder, read, self.local, groups)
             if files == own and all(on_every_rank(groups, lambda: self._saved_the_same(folder))):
                 return self._load(folder, universal=False)
+            if self.inner.zero_optimization_partition_weights():
+                return load_sharded(self.inner, read, self.local, groups)
             where = f"at {files}" if files else "without ZeRO"
             log.info(f"rearranging the optimizer state, saved {where}, for {own}")
             with universal_checkpoint(
-                lambda: ZeroState(folder, files, self.layers) if files else PlainState(checkpoint),
+                read,
                 self.layers,
                 scratch,
                 groups,
+                optimizer=self.inner.optimizer.optimizer,
                 pipelined=self.is_pipelined,
                 keep_loss_scale=self.inner.fp16_enabled(),
             ) as universal:
@@ -163,8 +198,12 @@ class DeepSpeedEngine(ABC):
     def _saved_the_same(self, folder: Path) -> bool:
         """Whether this rank's part of the model is what the rank of the same place saved."""
         part = self.groups.pp_rank * self.groups.tp + self.groups.tp_rank
-        saved = load_deepspeed_file(model_file(folder, part)).get("param_shapes")
-        return bool(saved == self.inner._get_zero_param_shapes())
+        saved = load_deepspeed_file(model_file(folder, part))
+        ours = described(self.inner, self.local)
+        ours["param_shapes"] = self.inner._get_zero_param_shapes()
+        if is_sharded(saved) != self.inner.zero_optimization_partition_weights():
+            return False
+        return all(saved.get(key) == value for key, value in ours.items())
 
     def _load(self, folder: Path, *, universal: bool) -> dict[str, Any]:
         """Load state, but no settings: weight decay, betas and clipping are the configuration's."""

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import io
+import re
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+from deepspeed.runtime.utils import combine_grad_norm_groups
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from neox.config import NeoXConfig
 from neox.data.loaders import Batch
 from neox.engine.deepspeed import DeepSpeedEngine, wrap
+from neox.engine.recompute import Recompute
 from neox.errors import ConfigError
 from neox.model.gpt import Fill, Layer, LocalLayers
-from neox.model.loss import cross_entropy
 from neox.parallel.groups import ProcessGroups
+from neox.parallel.region import TensorParallelRegion
 from neox.parallel.rng import DropoutStreams
 
 
@@ -40,44 +42,82 @@ def build_pipelined(
     layers: list[Layer],
     fill: Fill,
     streams: DropoutStreams,
+    region: TensorParallelRegion,
     groups: ProcessGroups,
 ) -> PipelinedEngine:
     """The engine over this rank's stage. Collective over the world."""
     specs = [_spec(layer, fill) for layer in layers]
-    interval = config.checkpoint_num_layers if config.checkpoint_activations else 0
+    recompute = Recompute(config, streams, region, groups)
+    _check_method(config.pipe_partition_method, specs)
     with contextlib.redirect_stdout(io.StringIO()):
         model = _Pipeline(
             specs,
             topology=PipeModelDataParallelTopology(groups.pp, groups.tp, groups.dp),
-            loss_fn=partial(_loss, groups=groups),
             partition_method=config.pipe_partition_method,
-            activation_checkpoint_interval=interval,
-            activation_checkpoint_func=partial(
-                checkpoint, use_reentrant=False, context_fn=streams.recompute_contexts
-            ),
+            activation_checkpoint_interval=recompute.layers_at_once,
+            activation_checkpoint_func=recompute,
         )
     _check_stages(model, config, groups)
     start, stop = model._local_start, model._local_stop
     local: LocalLayers = list(zip(layers[start:stop], _modules(model, specs), strict=True))
-    return PipelinedEngine(wrap(model, config), layers, local, streams, groups)
+    if groups.is_last_stage:
+        # The output projection belongs to the loss: what DeepSpeed calls outputs is its input.
+        model.forward_funcs[-1] = _unchanged
+        model.loss_fn = partial(_loss, *local[-1])
+    inner = wrap(model, config, groups)
+    _even_out_norms(inner, groups)
+    return PipelinedEngine(inner, layers, local, streams, region, groups)
+
+
+def _check_method(method: str, specs: list[Any]) -> None:
+    """Raises ConfigError when a type:... matches no layer; case does not matter."""
+    kind, _, pattern = method.partition(":")
+    if kind.lower() != "type":
+        return
+    names = dict.fromkeys(spec.typename.__name__ for spec in specs if isinstance(spec, LayerSpec))
+    try:
+        matches = any(re.search(pattern, name, re.IGNORECASE) for name in names)
+    except re.error as error:
+        raise ConfigError(f"pipe_partition_method: {method} is no pattern: {error}.") from None
+    if not matches:
+        raise ConfigError(
+            f"pipe_partition_method: {method} matches no layer. The layers are "
+            f"{', '.join(names)}; upper and lower case are the same."
+        )
 
 
 def _check_stages(model: nn.Module, config: NeoXConfig, groups: ProcessGroups) -> None:
-    """Raises ConfigError on every rank when a stage lacks one of the optimizer's two groups.
-
-    DeepSpeed sums the gradient's norm group by group over the stages, and would wait for ever.
-    """
-    kinds = groups.gather({parameter.dim() >= 2 for parameter in model.parameters()})
-    lacking = {
-        groups.topology.coordinate(rank).pp for rank in range(len(kinds)) if len(kinds[rank]) < 2
-    }
-    if lacking:
+    """Raises ConfigError on every rank when a stage has nothing to train."""
+    sizes = groups.gather(sum(1 for _ in model.parameters()))
+    empty = {groups.topology.coordinate(rank).pp for rank, size in enumerate(sizes) if size == 0}
+    if empty:
         raise ConfigError(
             f"pipe_partition_method: {config.pipe_partition_method} leaves "
-            f"{', '.join(f'stage {stage}' for stage in sorted(lacking))} of {groups.pp} without "
-            "matrices or without norms and biases, and every stage needs both. Use "
-            "type:transformer|mlp, or fewer stages (pipe_parallel_size)."
+            f"{', '.join(f'stage {stage}' for stage in sorted(empty))} of {groups.pp} without "
+            "weights. Use type:transformer|mlp, or fewer stages (pipe_parallel_size)."
         )
+
+
+def _even_out_norms(inner: Any, groups: ProcessGroups) -> None:
+    """Let stages of one and of two optimizer groups find the gradient's norm together.
+
+    DeepSpeed sums it over the stages for one group after the other; a stage that has matrices only,
+    or norms and biases only, has but one, and the others would wait for its second for ever. What a
+    group holds does not matter to the sum of all.
+    """
+    optimizer = inner.optimizer
+    if not hasattr(optimizer, "scaled_global_norm"):  # torch's, bfloat16's: sum once
+        return
+    mine = len(optimizer.param_groups)
+    lacking = max(groups.gather(mine)) - mine
+    norm_of_mine = optimizer.scaled_global_norm
+
+    def scaled_global_norm(norm_type: int = 2) -> Tensor:
+        norms = [norm_of_mine(norm_type)]
+        norms += [optimizer.get_grad_norm_direct([], []) for _ in range(lacking)]
+        return combine_grad_norm_groups(norms, norm_type)
+
+    optimizer.scaled_global_norm = scaled_global_norm
 
 
 class _Pipeline(PipelineModule):
@@ -148,9 +188,14 @@ def _modules(model: PipelineModule, specs: list[Any]) -> list[Any]:
     return found
 
 
-def _loss(logits_BSV: Tensor, targets: tuple[Tensor, Tensor], *, groups: ProcessGroups) -> Tensor:
-    labels_BS, loss_mask_BS = targets
-    return cross_entropy(logits_BSV, labels_BS, loss_mask_BS, groups)
+def _unchanged(x_BSH: Tensor) -> Tensor:
+    return x_BSH
+
+
+def _loss(
+    head: Layer, projection: nn.Module, x_BSH: Tensor, targets: tuple[Tensor, Tensor]
+) -> Tensor:
+    return head(projection, x_BSH, *targets)
 
 
 def _inputs_and_labels(batches: Iterator[Batch]) -> Iterator[tuple[Tensor, tuple[Tensor, Tensor]]]:

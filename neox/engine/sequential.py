@@ -3,45 +3,56 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
+from itertools import groupby
 
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.zero import register_external_parameter
+from deepspeed.utils import set_z3_leaf_modules
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from neox.config import NeoXConfig
 from neox.data.loaders import Batch
 from neox.engine.deepspeed import DeepSpeedEngine, wrap
+from neox.engine.recompute import Recompute
 from neox.model.block import TransformerLayer
 from neox.model.gpt import Fill, Layer, LocalLayers, build_layers
-from neox.model.loss import cross_entropy
 from neox.parallel.groups import ProcessGroups
+from neox.parallel.region import TensorParallelRegion
 from neox.parallel.rng import DropoutStreams
 
 
 class GPT(nn.Module):
-    """Token ids [B, S] -> this rank's slice of the logits, [B, S, V / tp]."""
+    """Token ids, labels and loss mask, [B, S] each -> mean loss."""
 
-    def __init__(self, local: LocalLayers, streams: DropoutStreams, recompute: bool) -> None:
+    def __init__(self, local: LocalLayers, recompute: Recompute) -> None:
         super().__init__()
         self.sequential = nn.ModuleDict()
         self._walk = local
-        self._streams = streams
         self._recompute = recompute
         for layer, module in local:
             if layer.has_file:
                 self.sequential[str(layer.index)] = module
 
-    def forward(self, tokens_BS: Tensor) -> Tensor:
+    def forward(self, tokens_BS: Tensor, labels_BS: Tensor, loss_mask_BS: Tensor) -> Tensor:
         x = tokens_BS
-        for layer, module in self._walk:
-            if self._recompute and self.training and isinstance(module, TransformerLayer):
-                x = checkpoint(
-                    module, x, use_reentrant=False, context_fn=self._streams.recompute_contexts
-                )
+        *before, (head, projection) = self._walk
+        at_once = self._recompute.layers_at_once if self.training else 0
+        for is_block, group in groupby(before, lambda at: isinstance(at[1], TransformerLayer)):
+            run = list(group)
+            if is_block and at_once:
+                for start in range(0, len(run), at_once):
+                    x = self._recompute(partial(_walk, run[start : start + at_once]), x)
             else:
-                x = layer(module, x)
-        return x
+                x = _walk(run, x)
+        return head(projection, x, labels_BS, loss_mask_BS)
+
+
+def _walk(layers: LocalLayers, x: Tensor) -> Tensor:
+    for layer, module in layers:
+        x = layer(module, x)
+    return x
 
 
 class SequentialEngine(DeepSpeedEngine):
@@ -68,8 +79,7 @@ class SequentialEngine(DeepSpeedEngine):
         return self._mean_over_dp(torch.stack(losses).mean())
 
     def _loss(self, batch: Batch) -> Tensor:
-        tokens, labels, mask = (tensor.to(self.groups.device) for tensor in batch)
-        return cross_entropy(self.inner(tokens), labels, mask, self.groups)
+        return self.inner(*(tensor.to(self.groups.device) for tensor in batch))
 
     def _mean_over_dp(self, loss: Tensor) -> float:
         if self.groups.dp_group is not None:
@@ -82,13 +92,23 @@ def build_sequential(
     layers: list[Layer],
     fill: Fill,
     streams: DropoutStreams,
+    region: TensorParallelRegion,
     groups: ProcessGroups,
 ) -> SequentialEngine:
     """The engine over one rank's whole depth. Collective over the world."""
     local = build_layers(layers, fill)
-    model = GPT(local, streams, config.checkpoint_activations)
+    model = GPT(local, Recompute(config, streams, region, groups))
+    if config.zero_stage == 3:
+        # A block reads the weights of its parts itself: they are gathered and let go together.
+        set_z3_leaf_modules(model, [TransformerLayer])
     mpu = _ModelParallelUnit(groups) if groups.tp > 1 else None
-    return SequentialEngine(wrap(model, config, mpu), layers, local, streams, groups)
+    inner = wrap(model, config, groups, mpu)
+    if config.zero_stage == 3:
+        # So does the head; and a tied table is read outside of the embedding's own forward.
+        reader = model if layers[-1].tied else local[-1][1]
+        for parameter in local[-1][1].parameters():
+            register_external_parameter(reader, parameter)
+    return SequentialEngine(inner, layers, local, streams, region, groups)
 
 
 class _ModelParallelUnit:

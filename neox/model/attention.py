@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from neox.config import ModelConfig
-from neox.model.positions import RotaryTable, rotate
+from neox.model.positions import RotaryTable, rotate_
 from neox.parallel.groups import ProcessGroups
 from neox.parallel.layers import column_linear, row_linear
 from neox.parallel.rng import DropoutStreams
@@ -64,12 +64,12 @@ class Attention(nn.Module):
 
     def forward(self, x_SBH: Tensor, cache: LayerCache | None = None) -> Tensor:
         """This rank's heads' contexts, [S, B, N * D]: the input of `dense`."""
-        q_SBND, k_SBKD, v_SBKD = self._split_heads(self.query_key_value(x_SBH))
+        qkv = self.query_key_value(x_SBH)
         start = cache.length if cache is not None else 0
         if self.rotary is not None:
-            cos, sin = self.rotary.angles(start, q_SBND.shape[0], like=q_SBND)
-            q_SBND, k_SBKD = rotate(q_SBND, cos, sin), rotate(k_SBKD, cos, sin)
-        q, k, v = (heads.permute(1, 2, 0, 3) for heads in (q_SBND, k_SBKD, v_SBKD))
+            cos, sin = self.rotary.angles(start, qkv.shape[0], like=qkv)
+            qkv = rotate_(self._split_heads, qkv, cos, sin)
+        q, k, v = (heads.permute(1, 2, 0, 3) for heads in self._split_heads(qkv))
         if cache is not None:
             k, v = cache.append(k, v)
         context_BNSD = self._attend(q, k, v, start)

@@ -30,15 +30,17 @@ from neox.model.layout import (
     head_layout,
     transformer_layout,
 )
+from neox.model.loss import output_loss
 from neox.model.norms import build_norm
 from neox.model.positions import RotaryTable
 from neox.parallel.groups import ProcessGroups
 from neox.parallel.layers import column_linear, copy_to_tensor_parallel, vocab_embedding
+from neox.parallel.region import TensorParallelRegion
 from neox.parallel.rng import DropoutStreams
 
 
 class Embedding(nn.Module):
-    """Token ids [B, S] -> [B, S, H]."""
+    """Token ids [B, S] -> [B, S, H]; with sequence parallelism, this rank's summand of it."""
 
     def __init__(
         self,
@@ -46,9 +48,11 @@ class Embedding(nn.Module):
         padded_vocab_size: int,
         dtype: torch.dtype,
         groups: ProcessGroups,
+        region: TensorParallelRegion,
     ) -> None:
         super().__init__()
         self.groups = groups
+        self.region = region
         self.dropout = config.hidden_dropout
         self.word_embeddings = vocab_embedding(padded_vocab_size, config.hidden_size, dtype, groups)
         self.position_embeddings: nn.Embedding | None = None
@@ -59,17 +63,23 @@ class Embedding(nn.Module):
 
     def forward(self, tokens_BS: Tensor, start: int = 0) -> Tensor:
         """`start` is the position of the first token: the number of tokens already cached."""
-        x_BSH = self.word_embeddings(tokens_BS)
+        summand = self.region.splits_sequence
+        if summand:
+            x_BSH = self.word_embeddings(tokens_BS, reduce=False)
+        else:
+            x_BSH = self.word_embeddings(tokens_BS)
         if self.position_embeddings is not None:
             stop = start + tokens_BS.shape[1]
             positions = torch.arange(start, stop, device=tokens_BS.device)
-            x_BSH = x_BSH + self.position_embeddings(positions)
+            positions_SH = self.position_embeddings(positions)
+            x_BSH = x_BSH + (self.region.share(positions_SH) if summand else positions_SH)
         return F.dropout(x_BSH, self.dropout, self.training) if self.dropout else x_BSH
 
-    def logits(self, x_BSH: Tensor) -> Tensor:
-        """The table used as the output projection: this rank's vocabulary slice, [B, S, V / tp]."""
-        (x_BSH,) = copy_to_tensor_parallel((x_BSH,), self.groups)
-        return F.linear(x_BSH, self.word_embeddings.get_parameter("weight"))
+    def project(
+        self, x_BSH: Tensor, labels_BS: Tensor | None = None, loss_mask_BS: Tensor | None = None
+    ) -> Tensor:
+        """The table used as the output projection: what `Head` returns."""
+        return _project(x_BSH, self.word_embeddings, labels_BS, loss_mask_BS, self.groups)
 
 
 class FinalNorm(nn.Module):
@@ -84,7 +94,7 @@ class FinalNorm(nn.Module):
 
 
 class Head(nn.Module):
-    """x_BSH -> logits of this rank's vocabulary slice, [B, S, V / tp]."""
+    """x_BSH -> logits of this rank's vocabulary slice, [B, S, V / tp]; with labels, the loss."""
 
     def __init__(
         self,
@@ -94,24 +104,30 @@ class Head(nn.Module):
         groups: ProcessGroups,
     ) -> None:
         super().__init__()
+        self.groups = groups
         self.final_linear = column_linear(
             config.hidden_size, padded_vocab_size, False, dtype, groups
         )
 
-    def forward(self, x_BSH: Tensor) -> Tensor:
-        return self.final_linear(x_BSH)
+    def forward(
+        self, x_BSH: Tensor, labels_BS: Tensor | None = None, loss_mask_BS: Tensor | None = None
+    ) -> Tensor:
+        return _project(x_BSH, self.final_linear, labels_BS, loss_mask_BS, self.groups)
 
 
-def to_sequence_first(x_BSH: Tensor) -> Tensor:
-    return x_BSH.transpose(0, 1).contiguous()
-
-
-def to_batch_first(x_SBH: Tensor) -> Tensor:
-    return x_SBH.transpose(0, 1).contiguous()
-
-
-def tied_logits(embedding: Embedding, x_BSH: Tensor) -> Tensor:
-    return embedding.logits(x_BSH)
+def _project(
+    x_BSH: Tensor,
+    owner: nn.Module,
+    labels_BS: Tensor | None,
+    loss_mask_BS: Tensor | None,
+    groups: ProcessGroups,
+) -> Tensor:
+    """Logits by the weight of `owner`, or the mean loss: neox.model.loss.output_loss."""
+    weight_VH = owner.get_parameter("weight")
+    (x_BSH,) = copy_to_tensor_parallel((x_BSH,), groups)
+    if labels_BS is None or loss_mask_BS is None:
+        return F.linear(x_BSH, weight_VH)
+    return output_loss(x_BSH, weight_VH, labels_BS, loss_mask_BS, groups)
 
 
 TIED_EMBEDDING = "embed"  # upstream's key of the weights that first and last stage share
@@ -130,7 +146,7 @@ class Layer:
     args: tuple[Any, ...] = ()
     layout: LayerLayout | None = None
     tied: str | None = None
-    forward: Callable[[Any, Tensor], Tensor] | None = None
+    forward: Callable[..., Tensor] | None = None
 
     @property
     def has_parameters(self) -> bool:
@@ -146,9 +162,12 @@ class Layer:
         """The layer whose file holds its parameters."""
         return 0 if self.tied else self.index
 
-    def __call__(self, module: Any, x: Tensor) -> Tensor:
-        """Run `module`, which `build` made, as this layer."""
-        return self.forward(module, x) if self.forward else module(x)
+    def __call__(self, module: Any, *inputs: Tensor) -> Tensor:
+        """Run `module`, which `build` made, as this layer.
+
+        The last one takes x_BSH, or x_BSH with labels and loss mask (see `Head`).
+        """
+        return self.forward(module, *inputs) if self.forward else module(*inputs)
 
     def build(self) -> Any:
         """The module on the CPU, its parameters allocated and not yet filled; or the function."""
@@ -193,29 +212,34 @@ def layers(
     dtype: torch.dtype,
     groups: ProcessGroups,
     streams: DropoutStreams | None = None,
+    region: TensorParallelRegion | None = None,
 ) -> list[Layer]:
-    """The whole model; position in the list is NeoX's layer index. Nothing is allocated yet."""
+    """The whole model; position in the list is NeoX's layer index. Nothing is allocated yet.
+
+    With a `region` of its own, a model may be told to split sequences (sequence_parallel).
+    """
     depth = config.num_layers
     rotary = RotaryTable(config) if config.pos_emb == "rotary" else None
-    block_args = (config, dtype, groups, rotary, streams)
+    region = region or TensorParallelRegion(groups)
+    block_args = (config, dtype, groups, rotary, streams, region)
     vocab_args = (config, padded_vocab_size, dtype, groups)
     first = partial(
         Layer,
         kind=Embedding,
-        args=vocab_args,
+        args=(*vocab_args, region),
         layout=embedding_layout(config, padded_vocab_size),
         tied=None if config.no_weight_tying else TIED_EMBEDDING,
     )
     if config.no_weight_tying:
         head = Layer(depth + 4, Head, vocab_args, head_layout(config, padded_vocab_size))
     else:
-        head = first(depth + 4, forward=tied_logits)
+        head = first(depth + 4, forward=Embedding.project)
     block_layout = transformer_layout(config)
     return [
         first(0),
-        Layer(1, to_sequence_first),
+        Layer(1, region.start),
         *(Layer(i + 2, TransformerLayer, block_args, block_layout) for i in range(depth)),
-        Layer(depth + 2, to_batch_first),
+        Layer(depth + 2, region.end),
         Layer(depth + 3, FinalNorm, (config, dtype), final_norm_layout(config)),
         head,
     ]

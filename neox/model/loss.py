@@ -1,29 +1,138 @@
-"""Next-token cross-entropy over a vocabulary that may be split over the ranks."""
+"""Next-token cross-entropy, computed together with the output projection.
+
+The logits of a batch are its largest tensor: 2048 tokens of a vocabulary of 50,000 are 400 MB in
+float32, and the textbook way holds several such. Here they exist for some positions at a time, and
+their gradient goes into the projection's at once: the products are the same, each computed once.
+"""
 
 from __future__ import annotations
 
-import torch.nn.functional as F
+from typing import Any
+
+import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from neox.parallel.groups import ProcessGroups
 
+# Logits held at a time. Fewer would make the products with the projection's weight less efficient.
+CHUNK_BYTES = 256 << 20
 
-def cross_entropy(
-    logits_BSV: Tensor, labels_BS: Tensor, loss_mask_BS: Tensor, groups: ProcessGroups
+
+def output_loss(
+    x_BSH: Tensor,
+    weight_VH: Tensor,
+    labels_BS: Tensor,
+    loss_mask_BS: Tensor,
+    groups: ProcessGroups,
 ) -> Tensor:
     """Mean loss of the tokens that `loss_mask_BS` (float32, 0 or 1) selects: a float32 scalar.
 
-    `logits_BSV` is this rank's slice of the padded vocabulary; padding rows take part in the
-    softmax, as upstream's do. A micro-batch with nothing selected has loss 0, not NaN.
-    Collective over the tp group.
+    `weight_VH` is this rank's slice of the output projection over the padded vocabulary; padding
+    rows take part in the softmax, as upstream's do. A micro-batch with nothing selected has loss 0,
+    not NaN. The softmax is float32 whatever the weights are. At tp > 1 the gradient of x is this
+    rank's summand: the caller sums it. Collective over the tp group.
     """
-    if groups.tp == 1:
-        losses = F.cross_entropy(
-            logits_BSV.flatten(0, 1).float(), labels_BS.flatten(), reduction="none"
-        )
-    else:
-        from neox.parallel import megatron
+    mask = loss_mask_BS.flatten().float()
+    shares = mask / mask.sum().clamp(min=1.0)  # of each token in the mean
+    return _OutputLoss.apply(
+        x_BSH.flatten(0, 1), weight_VH, labels_BS.flatten(), shares, groups, torch.is_grad_enabled()
+    )
 
-        losses = megatron.vocab_parallel_cross_entropy(logits_BSV, labels_BS).flatten()
-    mask = loss_mask_BS.flatten()
-    return (losses * mask).sum() / mask.sum().clamp(min=1.0)
+
+def chunks(tokens: int, local_vocab: int) -> int:
+    """In how many pieces the positions of a micro-batch are taken: messages per loss at tp > 1."""
+    return -(-tokens * local_vocab * 4 // CHUNK_BYTES)
+
+
+class _OutputLoss(torch.autograd.Function):
+    """Gradients are found in the forward pass, while the logits are there."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_TH: Tensor,
+        weight_VH: Tensor,
+        labels_T: Tensor,
+        shares_T: Tensor,
+        groups: ProcessGroups,
+        with_grad: bool,
+    ) -> Tensor:
+        loss = shares_T.new_zeros(())
+        pieces = chunks(len(x_TH), len(weight_VH))
+        size = -(-len(x_TH) // pieces)
+        grad_x, grad_weight = None, None
+        if with_grad:
+            grad_x = torch.empty_like(x_TH)
+            # Sums over the chunks keep float32 where the weights are of 16 bits.
+            grad_weight = torch.empty_like(weight_VH, dtype=torch.float32)
+        first_row = groups.tp_rank * len(weight_VH)
+        for start in range(0, len(x_TH), size):
+            part = slice(start, start + size)
+            x, labels, shares = x_TH[part], labels_T[part, None] - first_row, shares_T[part]
+            logits = torch.mm(x, weight_VH.t()).float()
+            losses, scale = _softmax_parts(logits, labels, groups)
+            loss += torch.dot(losses, shares)
+            if grad_x is None or grad_weight is None:
+                continue
+            grad_logits = logits.mul_(scale[:, None] * shares[:, None])
+            _subtract_targets(grad_logits, labels, shares)
+            grad_logits = grad_logits.to(weight_VH.dtype)
+            torch.mm(grad_logits, weight_VH, out=grad_x[part])
+            _add_product(grad_weight, grad_logits, x, first=start == 0)
+            del logits, grad_logits
+        ctx.grads = (grad_x, grad_weight)
+        ctx.weight_dtype = weight_VH.dtype
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        (grad_x, grad_weight), ctx.grads = ctx.grads, None  # the only references: none is copied
+        assert grad_x is not None, "the loss was computed without gradients"
+        return (
+            grad_x.mul_(grad_loss),
+            grad_weight.mul_(grad_loss).to(ctx.weight_dtype),
+            *[None] * 4,
+        )
+
+
+def _softmax_parts(
+    logits_TV: Tensor, labels_T1: Tensor, groups: ProcessGroups
+) -> tuple[Tensor, Tensor]:
+    """(loss of each token, factor that makes its row of `logits_TV` probabilities).
+
+    The logits become exponentials of their distance to this rank's largest. `labels_T1` count from
+    this rank's first row. One message of three numbers for each token.
+    """
+    mine = (labels_T1 >= 0) & (labels_T1 < logits_TV.shape[1])
+    targets = logits_TV.gather(1, labels_T1.where(mine, 0)).where(mine, 0.0)
+    largest = logits_TV.amax(dim=1, keepdim=True)
+    total = logits_TV.sub_(largest).exp_().sum(dim=1, keepdim=True)
+    local_T3 = torch.cat([largest, total, targets], dim=1)
+    if groups.tp == 1:
+        ranks_T3 = [local_T3]
+    else:
+        ranks_T3 = [torch.empty_like(local_T3) for _ in range(groups.tp)]
+        dist.all_gather(ranks_T3, local_T3, group=groups.tp_group)
+    largest_RT, total_RT, targets_RT = torch.stack(ranks_T3).unbind(dim=2)
+    top_T = largest_RT.amax(dim=0)
+    sum_T = (total_RT * (largest_RT - top_T).exp()).sum(dim=0)
+    losses_T = sum_T.log() + top_T - targets_RT.sum(dim=0)
+    return losses_T, (largest[:, 0] - top_T).exp() / sum_T
+
+
+def _subtract_targets(grad_TV: Tensor, labels_T1: Tensor, shares_T: Tensor) -> None:
+    """The gradient of -log p is p, less 1 at the label where that is in this rank's slice."""
+    mine = (labels_T1 >= 0) & (labels_T1 < grad_TV.shape[1])
+    grad_TV.scatter_add_(1, labels_T1.where(mine, 0), -shares_T[:, None] * mine)
+
+
+def _add_product(total_VH: Tensor, grad_TV: Tensor, x_TH: Tensor, *, first: bool) -> None:
+    """total += grad^T x; the first product is written over what the new tensor holds."""
+    if total_VH.dtype != x_TH.dtype:
+        product = torch.mm(grad_TV.t(), x_TH)
+        total_VH.copy_(product) if first else total_VH.add_(product)
+    elif first:
+        torch.mm(grad_TV.t(), x_TH, out=total_VH)
+    else:
+        total_VH.addmm_(grad_TV.t(), x_TH)

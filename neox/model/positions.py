@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from neox.config import ModelConfig
+
+Split = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
 
 
 class RotaryTable:
@@ -42,11 +47,39 @@ def frequencies(dim: int, base: int) -> Tensor:
     return 1.0 / (base**exponents)
 
 
-def rotate(x_SBND: Tensor, cos_SD: Tensor, sin_SD: Tensor) -> Tensor:
-    """Rotate the first rotary_dim elements of each head; the rest pass through."""
-    dim = cos_SD.shape[-1]
-    cos, sin = cos_SD[:, None, None, :], sin_SD[:, None, None, :]
-    turned, rest = x_SBND[..., :dim], x_SBND[..., dim:]
-    first, second = turned.chunk(2, dim=-1)
-    turned = turned * cos + torch.cat((-second, first), dim=-1) * sin
-    return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned
+def rotate_(parts: Split, heads: Tensor, cos_SD: Tensor, sin_SD: Tensor) -> Tensor:
+    """Turn the first rotary_dim elements of every query and key head, in the memory of `heads`.
+
+    `heads` is what the projection made, [S, B, ...]; `parts` gives its views of queries, keys and
+    values, [S, B, heads, D]. In place, because copies of all heads would be a quarter of what a
+    layer keeps for its backward pass.
+    """
+    return _Rotation.apply(parts, heads, cos_SD, sin_SD)
+
+
+class _Rotation(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, parts: Split, heads: Tensor, cos_SD: Tensor, sin_SD: Tensor) -> Tensor:
+        ctx.parts, ctx.angles = parts, (cos_SD, sin_SD)
+        ctx.mark_dirty(heads)
+        for part in parts(heads)[:2]:
+            _turn_(part, cos_SD, sin_SD)
+        return heads
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        cos_SD, sin_SD = ctx.angles
+        grad = grad.clone()
+        for part in ctx.parts(grad)[:2]:
+            _turn_(part, cos_SD, -sin_SD)
+        return None, grad, None, None
+
+
+def _turn_(x_SBND: Tensor, cos_SD: Tensor, sin_SD: Tensor) -> None:
+    """Element i of a head's first rotary_dim turns with element i + rotary_dim / 2."""
+    half = cos_SD.shape[-1] // 2
+    cos, sin = (angles[:, None, None, :half] for angles in (cos_SD, sin_SD))
+    first, second = x_SBND[..., :half], x_SBND[..., half : 2 * half]
+    turned = first * cos - second * sin
+    second.mul_(cos).add_(first * sin)
+    first.copy_(turned)

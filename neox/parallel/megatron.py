@@ -1,4 +1,4 @@
-"""The door to megatron-core: its tensor-parallel layers and loss, as our model calls them.
+"""The door to megatron-core: its tensor-parallel layers, as our model calls them.
 
 Imported only when tp > 1: the import alone costs seconds and hundreds of megabytes.
 """

@@ -1,0 +1,110 @@
+"""The loss that is computed with the output projection equals the textbook's, in every chunking."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.testing import assert_close
+
+import neox.model.loss
+from neox.model.loss import chunks, output_loss
+from neox.parallel.groups import ProcessGroups, initialize
+from neox.parallel.topology import Topology
+from tests.world import World
+
+B, S, H, V = 3, 7, 16, 40
+
+
+def operands(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(B, S, H, generator=generator).to(dtype)
+    weight = torch.randn(V, H, generator=generator).to(dtype)
+    labels = torch.randint(V, (B, S), generator=generator)
+    mask = (torch.rand(B, S, generator=generator) < 0.7).float()
+    return x, weight, labels, mask
+
+
+def textbook(x: Tensor, weight: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
+    logits = F.linear(x, weight).float().flatten(0, 1)
+    losses = F.cross_entropy(logits, labels.flatten(), reduction="none")
+    return (losses * mask.flatten()).sum() / mask.sum().clamp(min=1.0)
+
+
+def with_gradients(loss_of, x: Tensor, weight: Tensor, *rest) -> tuple[Tensor, Tensor, Tensor]:
+    x, weight = x.clone().requires_grad_(), weight.clone().requires_grad_()
+    loss = loss_of(x, weight, *rest)
+    (3 * loss).backward()  # the engines scale the loss, too
+    assert x.grad is not None and weight.grad is not None
+    return loss.detach(), x.grad, weight.grad
+
+
+@pytest.mark.parametrize("rows", [1, 4, 7, 100], ids="rows-{}".format)
+def test_chunked_equals_textbook(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+    monkeypatch.setattr(neox.model.loss, "CHUNK_BYTES", rows * V * 4)
+    assert chunks(B * S, V) == -(-B * S // rows)
+    groups = ProcessGroups.single()
+    ours = with_gradients(lambda *args: output_loss(*args, groups), *operands())
+    for found, expected in zip(ours, with_gradients(textbook, *operands()), strict=True):
+        assert_close(found, expected, atol=1e-6, rtol=1e-5)
+
+
+def test_nothing_selected_has_loss_and_gradient_zero() -> None:
+    x, weight, labels, mask = operands()
+    found = with_gradients(
+        lambda *args: output_loss(*args, ProcessGroups.single()), x, weight, labels, 0 * mask
+    )
+    assert all(torch.equal(tensor, torch.zeros_like(tensor)) for tensor in found)
+
+
+def test_large_logits_do_not_overflow() -> None:
+    x, weight, labels, mask = operands()
+    ours = with_gradients(
+        lambda *args: output_loss(*args, ProcessGroups.single()), 100 * x, weight, labels, mask
+    )
+    theirs = with_gradients(textbook, 100 * x, weight, labels, mask)
+    for found, expected in zip(ours, theirs, strict=True):
+        assert_close(found, expected, atol=1e-4, rtol=1e-5)
+
+
+def test_bfloat16_weights_sum_their_gradient_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """21 chunks of one position: summed in bfloat16 they would be off by several units."""
+    monkeypatch.setattr(neox.model.loss, "CHUNK_BYTES", V * 4)
+    x, weight, *rest = operands(torch.bfloat16)
+    ours = with_gradients(
+        lambda *args: output_loss(*args, ProcessGroups.single()), x, weight, *rest
+    )
+    exact = with_gradients(textbook, x.float(), weight.float(), *rest)
+    # A product's operands and result are each rounded to 8 bits: 3 roundings of 2^-9.
+    scale = exact[2].abs().max()
+    assert (ours[2].float() - exact[2]).abs().max() < 3 * 2**-9 * scale
+    assert ours[1].dtype == ours[2].dtype == torch.bfloat16
+    assert_close(ours[0], exact[0], atol=0.0, rtol=2**-8)
+
+
+def test_without_gradients_none_are_made() -> None:
+    x, weight, labels, mask = operands()
+    with torch.no_grad():
+        loss = output_loss(x, weight.requires_grad_(), labels, mask, ProcessGroups.single())
+    assert not loss.requires_grad
+    assert_close(loss, textbook(x, weight, labels, mask).detach())
+
+
+def sliced(rank: int) -> None:
+    """Each rank has half of the vocabulary; the gradient of x is a summand."""
+    groups = initialize(Topology(tp=2), "gloo", torch.device("cpu"))
+    x, weight, labels, mask = operands()
+    slice_VH = weight.chunk(2)[rank]
+    loss, grad_x, grad_weight = with_gradients(
+        lambda *args: output_loss(*args, groups), x, slice_VH, labels, mask
+    )
+    torch.distributed.all_reduce(grad_x, group=groups.tp_group)
+    expected = with_gradients(textbook, x, weight, labels, mask)
+    assert_close(loss, expected[0], atol=1e-6, rtol=1e-6)
+    assert_close(grad_x, expected[1], atol=1e-6, rtol=1e-5)
+    assert_close(grad_weight, expected[2].chunk(2)[rank], atol=1e-6, rtol=1e-5)
+
+
+def test_a_sliced_vocabulary_gives_the_same(world: World) -> None:
+    world.run(2, sliced)
