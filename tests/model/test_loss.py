@@ -69,18 +69,23 @@ def test_large_logits_do_not_overflow() -> None:
 
 
 def test_bfloat16_weights_sum_their_gradient_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    """21 chunks of one position: summed in bfloat16 they would be off by several units."""
+    """From the same rounded logits and their rounded gradient, in chunks of one position."""
     monkeypatch.setattr(neox.model.loss, "CHUNK_BYTES", V * 4)
-    x, weight, *rest = operands(torch.bfloat16)
-    ours = with_gradients(
-        lambda *args: output_loss(*args, ProcessGroups.single()), x, weight, *rest
+    x, weight, labels, mask = operands(torch.bfloat16)
+    loss, grad_x, grad_weight = with_gradients(
+        lambda *args: output_loss(*args, ProcessGroups.single()), x, weight, labels, mask
     )
-    exact = with_gradients(textbook, x.float(), weight.float(), *rest)
-    # A product's operands and result are each rounded to 8 bits: 3 roundings of 2^-9.
-    scale = exact[2].abs().max()
-    assert (ours[2].float() - exact[2]).abs().max() < 3 * 2**-9 * scale
-    assert ours[1].dtype == ours[2].dtype == torch.bfloat16
-    assert_close(ours[0], exact[0], atol=0.0, rtol=2**-8)
+    logits = F.linear(x, weight).float().flatten(0, 1).requires_grad_()
+    losses = F.cross_entropy(logits, labels.flatten(), reduction="none")
+    expected = (losses * mask.flatten()).sum() / mask.sum()
+    expected.backward()
+    assert logits.grad is not None
+    assert_close(loss, expected.detach(), atol=0.0, rtol=1e-6)
+    assert grad_x.dtype == grad_weight.dtype == torch.bfloat16
+    product = 3 * logits.grad.bfloat16().float().t() @ x.float().flatten(0, 1)
+    # Each position's product, and the sum, are rounded to 8 bits. Summed in 8 bits, 21 positions
+    # are off by some ten times as much.
+    assert (grad_weight.float() - product).abs().max() < 2 * 2**-9 * product.abs().max()
 
 
 def test_without_gradients_none_are_made() -> None:
