@@ -1,13 +1,15 @@
 #!/usr/bin/env python3
-"""Download public weights as they are published: GPT-NeoX-20B, Pythia, GPT-J.
+"""Download public weights and corpora as they are published: GPT-NeoX-20B, Pythia, GPT-J, enwik8.
 
     python tools/fetch.py 20B                             # the slim weights, in NeoX's layer files
     python tools/fetch.py pythia-1.4b --revision step1000
     python tools/fetch.py gpt-j-6B
     python tools/fetch.py OWNER/REPO --output DIR         # any model of the Hugging Face hub
+    python tools/fetch.py enwik8                          # a corpus of tools/corpora.yml, to data/
 
 What was interrupted goes on where it stopped, and what is finished is not fetched again. Every file
-is compared with the size and the checksum that its source publishes. HF_TOKEN, HF_ENDPOINT and the
+is compared with the size and the checksum that its source publishes. tools/prepare_data.py fetches
+a corpus and tokenizes it. HF_TOKEN, HF_ENDPOINT and the
 proxies of the environment are respected.
 
 This is not done by huggingface_hub, because that library loses the part of a file that an ended
@@ -35,6 +37,7 @@ from neox import log
 from neox.atomic import write_text
 from neox.checkpoint.manifest import Entry, Manifest, digest
 from neox.errors import CheckpointError, NeoXError
+from tools.corpora import Corpus, list_corpus, read_corpora, with_url
 from tools.download import Client, RemoteFile, in_parallel
 from tools.published import HUB, SLIM_20B, STEP_20B, Listing, list_20b, list_hub
 
@@ -50,10 +53,9 @@ def main(
     hub = os.environ.get("HF_ENDPOINT", HUB).rstrip("/")
     client = Client(wait, os.environ.get("HF_TOKEN"), f"{hub}/")
     try:
-        if options.model == "20B":
-            listing = list_20b(client, [*options.mirror, *SLIM_20B], options.jobs)
-        else:
-            listing = list_hub(client, [*options.mirror, hub], options.model, options.revision)
+        corpus = named_corpus(options.model, read_corpora(options.corpora), options.url)
+        fill_in(options, corpus)
+        listing = list_files(client, options, corpus, hub)
         if options.dry_run:
             for file in listing.files:
                 print(f"{size(file.bytes):>9}  {file.path}")
@@ -73,11 +75,41 @@ def main(
         return 130
     finally:
         client.stop.set()
-    log.info(
-        f"{options.output}: {len(listing.files)} files, {size(total(listing.files))}; "
-        f"{listing.checks}"
-    )
+    say(listing, options.output)
     return 0
+
+
+def list_files(
+    client: Client, options: argparse.Namespace, corpus: Corpus | None, hub: str
+) -> Listing:
+    if corpus:
+        output, jobs = options.output, options.jobs
+        return list_corpus(client, corpus, options.mirror, output, jobs, force=False)
+    if options.model == "20B":
+        return list_20b(client, [*options.mirror, *SLIM_20B], options.jobs)
+    return list_hub(client, [*options.mirror, hub], options.model, options.revision)
+
+
+def say(listing: Listing, output: Path) -> None:
+    files, bytes_ = len(listing.files), size(total(listing.files))
+    log.info(f"{output}: {files} files, {bytes_}; {listing.checks}")
+
+
+def named_corpus(name: str, corpora: dict[str, Corpus], url: str | None) -> Corpus | None:
+    """The corpus of that name, if it is one; with `url`, it is one by being there."""
+    return with_url(corpora.get(name), name, url) if url else corpora.get(name)
+
+
+def fetch_corpus(
+    client: Client, corpus: Corpus, output: Path, options: argparse.Namespace, force: bool
+) -> None:
+    """Bring what is not there yet. Raises DataError, CheckpointError."""
+    listing = list_corpus(client, corpus, options.mirror, output, options.jobs, force)
+    if force:
+        for file in listing.files:
+            (output / file.path).unlink(missing_ok=True)
+    fetch(client, listing, Record(output), options.jobs)
+    say(listing, output)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -86,40 +118,71 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "model", help="20B, a name like pythia-1.4b-deduped or gpt-j-6B, or OWNER/REPO on the hub"
+        "model",
+        metavar="NAME",
+        help="20B, a name like pythia-1.4b-deduped or gpt-j-6B, OWNER/REPO on the hub, or a corpus",
     )
     parser.add_argument(
         "--revision", help="branch, tag or commit on the hub; default: main, of gpt-j-6B float16"
     )
     parser.add_argument(
-        "--output", type=Path, metavar="DIR", help="default: 20B_checkpoints or checkpoints/MODEL"
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help="default: 20B_checkpoints, checkpoints/MODEL, or data/CORPUS",
     )
-    parser.add_argument(
-        "--mirror",
-        action="append",
-        default=[],
-        metavar="URL",
-        help="ask this server first: for 20B a folder, otherwise a hub; may be given repeatedly",
-    )
-    parser.add_argument("--jobs", type=int, default=4, help="files at a time; default: %(default)s")
+    add_addresses(parser)
     parser.add_argument("--dry_run", action="store_true", help="list the files and fetch none")
     options = parser.parse_args(arguments)
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", options.model):
         parser.error(f"{options.model} is neither a model's name nor OWNER/REPO")
     if options.model == "20B" and options.revision:
         parser.error("the slim weights of 20B have no revisions; EleutherAI/gpt-neox-20b has")
-    if options.jobs < 1:
-        parser.error(f"--jobs {options.jobs} is below 1")
-    options.mirror = [url.rstrip("/") for url in options.mirror]
-    for url in options.mirror:
-        if not re.match(r"https?://.", url):
-            parser.error(f"--mirror {url} is no URL that begins with http:// or https://")
-    fill_in(options)
     return options
 
 
-def fill_in(options: argparse.Namespace) -> None:
-    """The defaults that depend on the model."""
+def add_addresses(parser: argparse.ArgumentParser) -> None:
+    """Flags that say where from, of this command and of tools/prepare_data.py."""
+    parser.add_argument(
+        "--mirror",
+        type=address,
+        action="append",
+        default=[],
+        metavar="URL",
+        help="ask this server first: a folder with the files of 20B or of a corpus, otherwise a "
+        "hub; may be given repeatedly",
+    )
+    parser.add_argument(
+        "--url", help="address of a corpus instead of the table's; {shard} numbers several files"
+    )
+    parser.add_argument(
+        "--corpora",
+        type=Path,
+        metavar="YAML",
+        help="a table as tools/corpora.yml, of more or other corpora; default: NEOX_CORPORA",
+    )
+    parser.add_argument(
+        "--jobs", type=positive, default=4, help="files at a time; default: %(default)s"
+    )
+
+
+def address(text: str) -> str:
+    if not re.match(r"https?://.", text):
+        raise argparse.ArgumentTypeError(f"{text} is no URL that begins with http:// or https://")
+    return text.rstrip("/")
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is below 1")
+    return int(text)
+
+
+def fill_in(options: argparse.Namespace, corpus: Corpus | None) -> None:
+    """The defaults that depend on what is fetched."""
+    if corpus:
+        options.output = options.output or Path("data") / corpus.folder
+        return
     if options.model == "20B":
         options.output = options.output or Path("20B_checkpoints")  # as configs/20B.yml has it
         return

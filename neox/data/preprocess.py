@@ -83,6 +83,8 @@ def preprocess(
     and for input without any text.
     """
     started = time.monotonic()
+    if workers < 1:
+        raise DataError(f"--workers {workers}: one process at least is needed")
     files = find_files(inputs)
     input_bytes = sum(file.stat().st_size for file in files)
     prefixes = [f"{output_prefix}_{name}_document" for name in recipe.names]

@@ -29,7 +29,7 @@ def real_texts(shared: Path) -> list[str]:
 def test_many_texts_get_the_ids_of_one_by_one(shared: Path, path: str) -> None:
     library = tokenizers.Tokenizer.from_file(str(shared / path))
     assert cuts_words(library)
-    texts = real_texts(shared)
+    texts = real_texts(shared)[::3]
     texts += ["\n".join(texts[:200]), "  indented\n    more    \n", " ".join(texts[100:300])]
     ours = load_tokenizer("HFTokenizer", str(shared / path)).tokenize_batch(texts)
     assert ours == [encoding.ids for encoding in library.encode_batch_fast(texts)]

@@ -11,7 +11,9 @@ from tests.tools.server import BODY, Site, serving
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY", "HF_TOKEN", "HF_ENDPOINT"):
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY", "HF_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("HF_ENDPOINT", "DATA_DIR", "NEOX_CORPORA"):
         monkeypatch.delenv(name, raising=False)
 
 

@@ -251,8 +251,8 @@ def test_two_at_once_are_refused(hub: Site, tmp_path: Path, capsys: pytest.Captu
     [
         (["20B", "--revision", "main"], "EleutherAI/gpt-neox-20b has"),
         (["a/b/c"], "neither a model's name nor OWNER/REPO"),
-        (["own/small", "--mirror", "ftp://x"], "--mirror ftp://x is no URL"),
-        (["own/small", "--jobs", "0"], "--jobs 0 is below 1"),
+        (["own/small", "--mirror", "ftp://x"], "--mirror: ftp://x is no URL"),
+        (["own/small", "--jobs", "0"], "--jobs: 0 is below 1"),
     ],
 )
 def test_bad_words_are_refused(
