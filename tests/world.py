@@ -207,18 +207,11 @@ def _portable(error: BaseException) -> tuple[BaseException | None, str]:
     return error, text
 
 
-def _leave() -> None:
-    """Undo what a test may have set up, in every library that keeps it in module globals."""
-    import torch.distributed as dist
-
+def forget_groups() -> None:
+    """Undo what an engine left in the module globals of libraries, so that another may follow."""
     state = sys.modules.get("megatron.core.parallel_state")
     if state is not None:
         state.destroy_model_parallel()
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    comm = sys.modules.get("deepspeed.comm.comm")
-    if comm is not None:
-        comm.cdb = None
     groups = sys.modules.get("deepspeed.utils.groups")
     if groups is not None:
         importlib.reload(groups)  # it caches process groups in module globals
@@ -226,3 +219,15 @@ def _leave() -> None:
     if offload is not None:  # ZeRO 3 numbers what it partitions, and ranks compare the numbers
         offload.DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__[0][0] = 0
         offload.Init.param_id = 0
+
+
+def _leave() -> None:
+    """Undo what a test may have set up, in every library that keeps it in module globals."""
+    import torch.distributed as dist
+
+    forget_groups()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    comm = sys.modules.get("deepspeed.comm.comm")
+    if comm is not None:
+        comm.cdb = None

@@ -1,4 +1,4 @@
-"""Training at every grid is the same training: losses, gradient norms and weights, step by step.
+"""Training at every grid is the same training: losses, gradients, norms and weights.
 
 All grids start from the same seed, so these tests also hold initialisation and saving to account:
 what is compared at the end is read back from each grid's layer files.
@@ -6,31 +6,50 @@ what is compared at the end is read back from each grid's layer files.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
+from deepspeed.utils import safe_get_full_grad
 from torch import Tensor
 from torch.testing import assert_close
 
 from neox.checkpoint.neox import Checkpoint
 from neox.data.loaders import Batch
 from neox.engine.build import build_engine
+from neox.engine.deepspeed import DeepSpeedEngine
+from neox.engine.saved_state import in_memory
 from neox.errors import ConfigError
+from neox.model.shard import shard
 from neox.parallel.groups import ProcessGroups, initialize
 from neox.parallel.topology import Topology
 from tests.models import VOCAB, config_of, model_layers, tokens
-from tests.world import World
+from tests.world import World, forget_groups
 
-STEPS = 3
+STEPS = 10
 
 # With Adam's usual 1e-8 a gradient that is zero but for rounding (a key's bias, which softmax does
 # not see) still moves its weight by the whole rate. This epsilon makes such noise stay noise.
 OPTIMIZER = {"type": "Adam", "params": {"lr": 0.01, "betas": [0.9, 0.95], "eps": 1e-3}}
 
+Values = dict[str, Any]
+Case = tuple[Topology, Values]
 
-def batches(config: Any, groups: ProcessGroups):
+NO_PIPELINE = {"pipe_parallel_size": 0}
+SPLIT = {"sequence_parallel": True}
+RECOMPUTE = {"checkpoint_activations": True, "partition_activations": True}
+ZERO_1 = {"zero_optimization": {"stage": 1}}
+ZERO_2 = {"zero_optimization": {"stage": 2}} | NO_PIPELINE
+# The threshold: small weights would stay whole, and the test model has only such.
+ZERO_3 = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}} | NO_PIPELINE
+OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
+OFFLOAD_WEIGHTS = {"offload_param": {"device": "cpu"}}
+
+
+def batches(config: Any, groups: ProcessGroups) -> Iterator[Batch]:
     """Global batches of 4 sequences x 2 micro-steps, cut for this replica."""
     size = config.train_micro_batch_size_per_gpu
     for step in range(100):
@@ -41,30 +60,67 @@ def batches(config: Any, groups: ProcessGroups):
         yield Batch(text[mine, :-1], text[mine, 1:], mask[mine])
 
 
-def train(
-    rank: int, topology: Topology, values: dict[str, Any], folder: str
-) -> tuple[list[float], list[float], float]:
-    """Losses and gradient norms of a few steps, then a validation loss; saves at the end."""
+class Outcome(NamedTuple):
+    """Of one rank."""
+
+    losses: list[float]
+    norms: list[float]
+    validation: float
+    gradients: dict[str, Tensor]  # of the first step, before clipping: the rank's shards
+    weights: dict[str, Tensor]  # whole, at the end; of rank 0 only
+
+
+def train_all(rank: int, cases: list[Case], folder: str) -> list[Outcome]:
+    """Train each case, one after the other."""
+    outcomes = []
+    for number, (topology, values) in enumerate(cases):
+        outcomes.append(train(topology, values, Path(folder) / f"global_step{number}"))
+        forget_groups()
+    return outcomes
+
+
+def train(topology: Topology, values: Values, folder: Path) -> Outcome:
     groups = initialize(topology, "gloo", torch.device("cpu"))
     config = config_of(
         world_size=topology.world_size,
         model_parallel_size=topology.tp,
-        **{"pipe_parallel_size": topology.pp, **values},
+        **{"pipe_parallel_size": topology.pp, "optimizer": OPTIMIZER, **values},
         train_micro_batch_size_per_gpu=4 // topology.dp,
-        optimizer=OPTIMIZER,
     )
     engine = build_engine(config, groups, VOCAB)
+    assert isinstance(engine, DeepSpeedEngine)
+    gradients = of_the_first_step(engine)
     source = batches(config, groups)
     steps = [engine.train_batch(source, i, 0.01) for i in range(1, STEPS + 1)]
     validation = engine.eval_batch(source)
-    if rank == 0:
-        Path(folder).mkdir()
+    if groups.rank == 0:
+        folder.mkdir(parents=True)
     groups.barrier()
-    engine.save(Path(folder), {"iteration": STEPS})
-    return [s.loss for s in steps], [s.grad_norm or 0.0 for s in steps], validation
+    engine.save(folder, {"iteration": STEPS})
+    groups.barrier()
+    weights = whole_weights(folder, values) if groups.rank == 0 else {}
+    norms = [step.grad_norm or 0.0 for step in steps]
+    return Outcome([step.loss for step in steps], norms, validation, gradients, weights)
 
 
-def whole_weights(folder: Path, values: dict[str, Any]) -> dict[str, Tensor]:
+def of_the_first_step(engine: DeepSpeedEngine) -> dict[str, Tensor]:
+    """What will hold each parameter's gradient, averaged over the replicas."""
+    gradients: dict[str, Tensor] = {}
+    step = engine.inner.optimizer.step
+
+    def look_and_step(*args: Any, **kwargs: Any) -> Any:
+        if not gradients:
+            for layer, module in engine.local:
+                for name, parameter in module.named_parameters() if layer.has_file else ():
+                    gradient = safe_get_full_grad(parameter)
+                    gradients[f"{layer.index}.{name}"] = gradient.detach().clone()
+        return step(*args, **kwargs)
+
+    engine.inner.optimizer.step = look_and_step
+    return gradients
+
+
+def whole_weights(folder: Path, values: Values) -> dict[str, Tensor]:
     checkpoint = Checkpoint.open(folder)
     single = ProcessGroups.single()
     return {
@@ -75,48 +131,95 @@ def whole_weights(folder: Path, values: dict[str, Any]) -> dict[str, Tensor]:
     }
 
 
+def run(world: World, folder: Path, cases: list[Case]) -> list[list[Outcome]]:
+    """The outcomes by case and rank; cases of one size of the world share a call."""
+    found: dict[int, list[Outcome]] = {}
+    for size in {topology.world_size for topology, _ in cases}:
+        numbers = [n for n, (topology, _) in enumerate(cases) if topology.world_size == size]
+        arguments = ([cases[n] for n in numbers], str(folder / f"of{size}"))
+        by_rank = world.run(size, train_all, *arguments, timeout=300.0)
+        found |= {n: [rank[i] for rank in by_rank] for i, n in enumerate(numbers)}
+    return [found[n] for n in range(len(cases))]
+
+
 def check(
-    world: World, tmp_path: Path, values: dict[str, Any], grids: list[tuple[int, ...]]
+    world: World, folder: Path, reference: Values, cases: list[Case], loss: float = 1e-5
 ) -> None:
-    results = {}
-    for pp, dp, tp in [(1, 1, 1), *grids]:
-        topology = Topology(pp, dp, tp)
-        folder = tmp_path / f"global_step{len(results)}"
-        by_rank = world.run(topology.world_size, train, topology, values, str(folder))
-        assert all(result == by_rank[0] for result in by_rank), "ranks disagree"
-        results[pp, dp, tp] = (by_rank[0], whole_weights(folder, values))
-    (losses, norms, validation), weights = results.pop((1, 1, 1))
-    assert losses[0] != losses[1]
-    for grid, ((got, got_norms, got_validation), got_weights) in results.items():
-        assert got == pytest.approx(losses, abs=1e-5), grid
-        assert got_norms == pytest.approx(norms, rel=1e-4), grid
-        assert got_validation == pytest.approx(validation, abs=1e-5), grid
-        for name, tensor in weights.items():
-            assert_close(
-                got_weights[name],
-                tensor,
-                atol=1e-5,
-                rtol=1e-4,
-                msg=lambda text, at=f"{grid} {name}": f"{at}: {text}",
-            )
+    """Each case equals one process of `reference`."""
+    (single,), *results = run(world, folder, [(Topology(), reference), *cases])
+    assert single.losses[0] != single.losses[-1]
+    layouts = {
+        f"{layer.index}.{name}": layout
+        for layer in model_layers(config_of(**reference), ProcessGroups.single())
+        for name, layout in (layer.layout or {}).items()
+    }
+    for (topology, values), ranks in zip(cases, results, strict=True):
+        at = f"{topology} {values}"
+        seen = set()
+        for rank, outcome in enumerate(ranks):
+            assert outcome.losses == pytest.approx(single.losses, abs=loss), at
+            assert outcome.norms == pytest.approx(single.norms, rel=1e-4), at
+            assert outcome.validation == pytest.approx(single.validation, abs=loss), at
+            assert outcome[:3] == ranks[0][:3], f"ranks disagree: {at}"
+            tp_rank = topology.coordinate(rank).tp
+            for name, gradient in outcome.gradients.items():
+                whole = single.gradients[name]
+                mine = shard(whole, in_memory(layouts[name]), tp_rank, topology.tp)
+                close(gradient, mine, 1e-6, f"{at} rank {rank}: gradient of {name}")
+            seen |= set(outcome.gradients)
+        assert seen == set(single.gradients)
+        for name, tensor in single.weights.items():
+            close(ranks[0].weights[name], tensor, 1e-5, f"{at} {name}")
 
 
-def test_parallel_residual(world: World, tmp_path: Path) -> None:
-    check(world, tmp_path, {}, [(2, 1, 1), (1, 1, 2), (1, 2, 1), (2, 1, 2), (2, 2, 1), (1, 2, 2)])
+def close(got: Tensor, expected: Tensor, atol: float, where: str) -> None:
+    assert_close(got, expected, atol=atol, rtol=1e-4, msg=lambda text: f"{where}: {text}")
 
 
-def test_sequential_residual_and_recomputed_activations(world: World, tmp_path: Path) -> None:
-    values = {"gpt_j_residual": False, "checkpoint_activations": True}
-    check(world, tmp_path, values, [(2, 1, 2)])
+GRIDS = [Topology(*g) for g in itertools.product((1, 2), repeat=3) if g != (2, 2, 2)]
 
 
-def test_tied_embeddings_on_two_stages(world: World, tmp_path: Path) -> None:
-    check(world, tmp_path, {"no_weight_tying": False, "pos_emb": "learned"}, [(2, 1, 2)])
+@pytest.mark.parametrize("zero", [{}, ZERO_1], ids=["zero 0", "zero 1"])
+@pytest.mark.parametrize("recompute", [{}, RECOMPUTE], ids=["kept", "recomputed"])
+def test_every_grid(world: World, tmp_path: Path, recompute: Values, zero: Values) -> None:
+    values = recompute | zero
+    cases = [(topology, values) for topology in GRIDS]
+    cases += [(topology, values | SPLIT) for topology in GRIDS if topology.tp == 2]
+    check(world, tmp_path, {}, cases)
 
 
 def test_without_a_pipeline(world: World, tmp_path: Path) -> None:
-    values = {"pipe_parallel_size": 0, "zero_optimization": {"stage": 2}}
-    check(world, tmp_path, values, [(1, 1, 2), (1, 2, 1)])
+    """ZeRO's stages, what they offload, and recomputing several layers together."""
+    two, tp, four = Topology(dp=2), Topology(tp=2), Topology(dp=2, tp=2)
+    all_moved = {"zero_optimization": ZERO_3["zero_optimization"] | OFFLOAD | OFFLOAD_WEIGHTS}
+    together = {"checkpoint_activations": True, "checkpoint_num_layers": 2}
+    cases: list[Case] = [
+        (tp, SPLIT | together),
+        (two, ZERO_1),
+        (two, ZERO_2),
+        (two, ZERO_3),
+        (two, {"zero_optimization": {"stage": 1} | OFFLOAD}),
+        (two, {"zero_optimization": {"stage": 2} | OFFLOAD}),
+        (two, all_moved),
+        (four, ZERO_2 | RECOMPUTE),
+        (four, ZERO_3 | SPLIT | together),
+    ]
+    depth = NO_PIPELINE | {"num_layers": 3}
+    check(world, tmp_path, depth, [(at, depth | values) for at, values in cases])
+
+
+def test_sequential_residual(world: World, tmp_path: Path) -> None:
+    values = {"gpt_j_residual": False}
+    more = [SPLIT, RECOMPUTE, SPLIT | RECOMPUTE, SPLIT | ZERO_3]
+    cases = [(Topology(tp=2, pp=1 if v.keys() & ZERO_3.keys() else 2), values | v) for v in more]
+    check(world, tmp_path, values, cases)
+
+
+def test_tied_embeddings(world: World, tmp_path: Path) -> None:
+    values = {"no_weight_tying": False, "pos_emb": "learned", "rotary_pct": 1.0}
+    cases = [(Topology(pp=2, tp=2), values), (Topology(pp=2, tp=2), values | SPLIT | ZERO_1)]
+    cases += [(Topology(dp=2), values | ZERO_3), (Topology(dp=2, tp=2), values | SPLIT | ZERO_3)]
+    check(world, tmp_path, values, cases)
 
 
 def test_grouped_queries_and_gated_mlp(world: World, tmp_path: Path) -> None:
@@ -126,27 +229,71 @@ def test_grouped_queries_and_gated_mlp(world: World, tmp_path: Path) -> None:
         "intermediate_size": 96,
         "norm": "rmsnorm",
     }
-    check(world, tmp_path, values, [(2, 1, 2)])
+    cases = [(Topology(pp=2, tp=2), values | more) for more in ({}, SPLIT)]
+    check(world, tmp_path, values, cases)
 
 
-@pytest.mark.parametrize("method", ["parameters", "uniform"])
-def test_other_partitions(world: World, tmp_path: Path, method: str) -> None:
-    check(world, tmp_path, {"pipe_partition_method": method}, [(2, 1, 1)])
+def test_other_partitions(world: World, tmp_path: Path) -> None:
+    """A stage may have no matrices, or nothing else: a large embedding fills the first one."""
+    values = {
+        "num_layers": 4,
+        "pos_emb": "learned",
+        "rotary_pct": 1.0,
+        "max_position_embeddings": 1024,
+    }
+    by_size, evenly = ({"pipe_partition_method": name} for name in ("parameters", "uniform"))
+    ends = {"pipe_partition_method": "type:embedding|head"}
+    cases = [
+        (Topology(pp=4), by_size),
+        (Topology(pp=4), by_size | ZERO_1),
+        (Topology(pp=4), evenly | ZERO_1 | {"checkpoint_activations": True}),
+        (Topology(pp=2, tp=2), ends | ZERO_1),
+        (Topology(pp=2, tp=2), evenly | SPLIT),
+        (Topology(pp=2, dp=2), by_size | ZERO_1 | {"gradient_clipping": 0.5}),
+    ]
+    check(world, tmp_path, values, [(at, values | more) for at, more in cases[:-1]])
+    clipped = values | {"gradient_clipping": 0.5}
+    check(world, tmp_path / "clipped", clipped, [(at, values | more) for at, more in cases[-1:]])
 
 
-def build(rank: int, topology: Topology, values: dict[str, Any]) -> None:
+def build(rank: int, topology: Topology, values: Values) -> None:
     groups = initialize(topology, "gloo", torch.device("cpu"))
     config = config_of(world_size=topology.world_size, pipe_parallel_size=topology.pp, **values)
     build_engine(config, groups, VOCAB)
 
 
-def test_a_stage_of_nothing_but_matrices_is_refused(world: World) -> None:
-    """A large embedding fills the first one. The gradient's norm would wait for ever for it."""
-    values = {
-        "num_layers": 4,
-        "pos_emb": "learned",
-        "max_position_embeddings": 1024,
-        "pipe_partition_method": "parameters",
-    }
-    with pytest.raises(ConfigError, match=r"parameters leaves stage 0 of 4 without.*Use type:"):
-        world.run(4, build, Topology(pp=4), values)
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ("type:nothing", r"type:nothing matches no layer\. .*Embedding, TransformerLayer"),
+        ("type:finalnorm", r"leaves stage 1 of 4 without weights\. Use type:transformer"),
+    ],
+)
+def test_a_partition_that_leaves_nothing(world: World, method: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        world.run(4, build, Topology(pp=4), {"num_layers": 4, "pipe_partition_method": method})
+
+
+DROPOUT = {"hidden_dropout": 0.2, "attention_dropout": 0.2}
+
+
+@pytest.mark.parametrize("residual", ["parallel", "sequential"])
+def test_dropout_is_the_same_however_activations_are_kept(
+    world: World, tmp_path: Path, residual: str
+) -> None:
+    """Exactly, where no sum is taken in another order: nothing else could be told from noise."""
+    values = DROPOUT | {"gpt_j_residual": residual == "parallel", "num_layers": 4}
+    in_cpu = {"checkpoint_activations": True, "checkpoint_in_cpu": True, "checkpoint_num_layers": 2}
+    same: list[Values] = [RECOMPUTE, in_cpu, RECOMPUTE | {"checkpoint_num_layers": 3}]
+    for topology, extra in ((Topology(tp=2, pp=2), {}), (Topology(tp=2), NO_PIPELINE)):
+        folder = tmp_path / f"pp{topology.pp}"
+        cases = [(topology, values | extra | more) for more in [{}, *same, SPLIT]]
+        (kept, *_), *others, (split, *_) = run(world, folder, cases)
+        assert kept.losses[0] != kept.validation
+        for (other, *_), more in zip(others, same, strict=True):
+            assert other.losses == kept.losses, (topology, more)
+            for name, gradient in kept.gradients.items():
+                assert torch.equal(other.gradients[name], gradient), (topology, more, name)
+        assert split.losses == pytest.approx(kept.losses, abs=1e-5)
+        for name, gradient in kept.gradients.items():
+            close(split.gradients[name], gradient, 1e-6, f"{topology} split {name}")
