@@ -50,6 +50,7 @@ def train(
         started = time.perf_counter()
         with profiler.iteration(iteration):
             step = engine.train_batch(batches, iteration, rate_used(config, iteration))
+            seconds = time.perf_counter() - started
         run.train_step(
             iteration,
             StepResult(
@@ -58,7 +59,7 @@ def train(
                 grad_norm=step.grad_norm,
                 skipped=step.skipped,
                 loss_scale=step.loss_scale,
-                seconds=time.perf_counter() - started,
+                seconds=seconds,
                 timers=observation.timers(),
                 norms=observation.norms(),
             ),
