@@ -112,6 +112,11 @@ def make(options: argparse.Namespace, recipe: Callable[[], Recipe]) -> None:
         f"{done.documents} documents, {done.tokens} tokens in {done.seconds:.1f} s "
         f"({done.documents / done.seconds:.0f} documents/s)"
     )
+    if chosen.labels:
+        share = done.masked / max(done.tokens, 1)
+        log.info(f"{done.masked} labels are masked, {share:.1%}")
+        if not done.masked:
+            log.warning("nothing is masked: check the ids, or the role, whose turns are learnt")
     for name in chosen.names:
         log.info(f"wrote {options.output_prefix}_{name}_document.bin and .idx")
 

@@ -3,7 +3,7 @@
 
     python tools/preprocess_data_with_mask.py --input questions.jsonl --output-prefix data/mine \\
         --tokenizer-type HFTokenizer --vocab-file 20B_tokenizer.json --append-eod \\
-        --mask-before-token 37741,27
+        --mask-before-token 32869,27
 
 writes data/mine_text_document and data/mine_label_document, .bin and .idx of each. The ids after
 --mask-before-token are those of the text that ends a prompt, here "Answer:". Labels are masked up
@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def ids(text: str) -> list[int]:
     words = text.strip("[] ").split(",")
     if not all(word.strip().isdecimal() for word in words):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of token ids such as 37741,27")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of token ids such as 32869,27")
     return [int(word) for word in words]
 
 

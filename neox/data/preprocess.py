@@ -32,7 +32,8 @@ _worker_encoder: _Encoder  # in each process of the pool
 @dataclass(frozen=True)
 class Summary:
     documents: int
-    tokens: int
+    tokens: int  # without labels
+    masked: int  # labels that are not learnt
     seconds: float
 
 
@@ -88,7 +89,8 @@ def preprocess(
     files = find_files(inputs)
     input_bytes = sum(file.stat().st_size for file in files)
     prefixes = [f"{output_prefix}_{name}_document" for name in recipe.names]
-    documents = tokens = 0
+    documents = tokens = masked = 0
+    texts = len(prefixes) - recipe.labels
     with ExitStack() as stack:
         bar = stack.enter_context(
             log.progress(total=num_docs or 0, desc="tokenizing", unit=" docs")
@@ -102,7 +104,8 @@ def preprocess(
         for encoded in results:
             for writer, ids, lengths in zip(writers, encoded.ids, encoded.lengths, strict=True):
                 writer.add(ids, lengths)
-                tokens += len(ids)
+            tokens += sum(map(len, encoded.ids[:texts]))
+            masked += sum(int(np.count_nonzero(ids < 0)) for ids in encoded.ids[texts:])
             documents += len(encoded.lengths[0])
             if documents - bar.n >= log_interval:
                 bar.total = num_docs or documents * input_bytes // max(encoded.bytes_read, 1)
@@ -111,7 +114,7 @@ def preprocess(
             raise DataError(f"there is no text in {', '.join(map(str, files))}")
         for prefix in prefixes:  # an old dataset must not stand beside new labels of another one
             idx_path(prefix).unlink(missing_ok=True)
-    return Summary(documents, tokens, time.monotonic() - started)
+    return Summary(documents, tokens, masked, time.monotonic() - started)
 
 
 def _encode_all(encoder: _Encoder, chunks: Iterator[Chunk], workers: int) -> Generator[_Encoded]:

@@ -43,7 +43,12 @@ class Recipe(Protocol):
 
     @property
     def names(self) -> list[str]:
-        """Of the datasets that are written: PREFIX_NAME_document."""
+        """Of the datasets that are written, PREFIX_NAME_document; those of labels come last."""
+        ...
+
+    @property
+    def labels(self) -> int:
+        """How many of them are labels."""
         ...
 
     @property
@@ -77,6 +82,10 @@ class TextRecipe:
         # As upstream names the one it can make; of several keys, as its chat tool names them.
         labels = ["label"] if len(self.keys) == 1 else [f"{key}_label" for key in self.keys]
         return [*self.keys, *labels]
+
+    @property
+    def labels(self) -> int:
+        return 0 if self.mask_before is None else len(self.keys)
 
     @property
     def dtype(self) -> np.dtype:
@@ -132,9 +141,11 @@ class ChatRecipe:
 
     @property
     def names(self) -> list[str]:
-        if not self.mask:
-            return list(self.keys)
-        return [name for key in self.keys for name in (key, f"{key}_label")]
+        return [*self.keys, *(f"{key}_label" for key in self.keys if self.mask)]
+
+    @property
+    def labels(self) -> int:
+        return len(self.keys) if self.mask else 0
 
     @property
     def dtype(self) -> np.dtype:
@@ -142,16 +153,19 @@ class ChatRecipe:
 
     def rows(self, records: Sequence[Record]) -> Rows:
         for record in records:
-            row: list[list[int]] = []
+            texts, labels = [], []
             for key in self.keys:
                 turns = _turns(record, key, self.fix_text)
                 try:
                     text = self.tokenizer.write(turns, False)
                     tokens = self.tokenizer.tokenize(text)
-                    row += self._learnt(turns, text, tokens) if self.mask else [tokens]
+                    if self.mask:
+                        tokens, learnt = self._learnt(turns, text, tokens)
+                        labels.append(learnt)
                 except DataError as error:
                     raise DataError(f'{record.where}: "{key}": {error}') from None
-            yield tuple(row)
+                texts.append(tokens)
+            yield (*texts, *labels)
 
     def _learnt(
         self, turns: list[dict[str, Any]], text: str, tokens: list[int]

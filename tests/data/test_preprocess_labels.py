@@ -100,9 +100,13 @@ def test_the_mask_command(tmp_path: Path) -> None:
 
     done = run("--mask-before-token", "58,32", "--workers", "2", "--append-eod")
     assert (done.returncode, done.stderr) == (0, "")
+    assert "50 documents, 330 tokens in" in done.stdout
+    assert "190 labels are masked, 57.6%" in done.stdout
     assert f"wrote {tmp_path}/out_label_document.bin and .idx" in done.stdout
     labels = documents(tmp_path / "out_label_document")
     assert labels[7] == [-100, -100, -100, ord("7"), 0]
+    unmasked = run("--mask-before-token", "59")
+    assert unmasked.returncode == 0 and "warning: nothing is masked" in unmasked.stderr
     for flags, said in (
         (["--mask-before-token", "512"], "error: --mask-before-token 512 is no token: the"),
         (["--mask-before-token", "a"], "is not a list of token ids"),
