@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 _BLOCK = 256
 _WRAPPED = "__bnb_optimizer_quant_state__"  # its state_dict puts codes and tables one level down
 _MOMENTS = {"1": "exp_avg", "2": "exp_avg_sq"}  # by the digit its names end with
+_TABLES = {"1": "dynamic", "2": "udynamic"}  # of signed numbers, and of others
 
 
 @dataclass(frozen=True)
@@ -74,31 +75,19 @@ def state_bits(optimizer: Optimizer) -> int:
     return 8 if is_eight_bit(optimizer) else 32
 
 
-def quantize(optimizer: Any, parameter: Tensor) -> None:
-    """Make 8-bit Adam's own state of a parameter from `exp_avg`, `exp_avg_sq` and `step`.
-
-    The optimizer's state of the parameter holds these three, in fp32, and nothing else.
-    """
+def quantized(optimizer: Any, parameter: Tensor, state: Mapping[str, Any]) -> dict[str, Any]:
+    """8-bit Adam's own state of a parameter, from `exp_avg`, `exp_avg_sq` and `step` in fp32."""
     with _silently():
         from bitsandbytes.functional import quantize_blockwise
-    state = optimizer.state.pop(parameter)
-    group, index = next(
-        (number, index)
-        for number, group in enumerate(optimizer.param_groups)
-        for index, other in enumerate(group["params"])
-        if other is parameter
-    )
-    optimizer.init_state(optimizer.param_groups[group], parameter, group, index)
-    own = optimizer.state[parameter]
-    own["step"] = int(state["step"])
+    own: dict[str, Any] = {"step": int(state["step"])}
     for digit, name in _MOMENTS.items():
-        target = own[f"state{digit}"]
-        if target.dtype != torch.uint8:
-            target.copy_(state[name])
+        if parameter.numel() < optimizer.args.min_8bit_size:
+            own[f"state{digit}"] = state[name]
             continue
-        codes, made = quantize_blockwise(state[name], own[f"qmap{digit}"], blocksize=_BLOCK)
-        target.copy_(codes)
-        own[f"absmax{digit}"].copy_(made.absmax)
+        table = optimizer.name2qmap[_TABLES[digit]].to(parameter.device)
+        codes, made = quantize_blockwise(state[name], table, blocksize=_BLOCK)
+        own |= {f"state{digit}": codes, f"qmap{digit}": table, f"absmax{digit}": made.absmax}
+    return own
 
 
 @contextlib.contextmanager

@@ -37,7 +37,7 @@ from neox.checkpoint.directory import UNFINISHED, FailedError, on_every_rank
 from neox.checkpoint.files import save_file
 from neox.checkpoint.sources import model_file
 from neox.engine.checkpoint_engine import KNOWN_CLASSES
-from neox.engine.eight_bit import is_eight_bit, quantize
+from neox.engine.eight_bit import is_eight_bit, quantized
 from neox.engine.optimizers import check_state, step_counter
 from neox.engine.saved_state import SavedState, parameter_name
 from neox.errors import CheckpointError
@@ -165,7 +165,7 @@ def load_universal(inner: Any, folder: Path) -> dict[str, Any]:
     base = inner.optimizer.optimizer
     for parameter, values in list(base.state.items()):
         if is_eight_bit(base):
-            quantize(base, parameter)
+            base.state[parameter] = quantized(base, parameter, values)
         elif "step" in values:  # in the file, on the CPU
             values["step"] = step_counter(base, parameter, float(values["step"]))
     return state

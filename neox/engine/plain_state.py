@@ -19,7 +19,7 @@ from torch import Tensor
 from neox.checkpoint.directory import on_every_rank
 from neox.checkpoint.neox import Checkpoint
 from neox.checkpoint.sources import load_model_file, model_file
-from neox.engine.eight_bit import Quantized, is_eight_bit, moments, quantize, state_bits
+from neox.engine.eight_bit import Quantized, is_eight_bit, moments, quantized, state_bits
 from neox.engine.optimizers import check_state, state_name, step_counter
 from neox.engine.saved_state import ParameterState, Place, SavedState, in_memory
 from neox.errors import CheckpointError
@@ -235,6 +235,6 @@ def _fill(optimizer: Any, saved: SavedState, local: LocalLayers, groups: Process
         state = {kind: value.to(parameter.device) for kind, value in values.items()}
         if found.step is not None:
             state["step"] = step_counter(optimizer, parameter, found.step)
-        optimizer.state[parameter] = state
         if is_eight_bit(optimizer):
-            quantize(optimizer, parameter)
+            state = quantized(optimizer, parameter, state)
+        optimizer.state[parameter] = state

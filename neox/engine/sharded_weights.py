@@ -15,6 +15,7 @@ from torch import Tensor
 from neox.checkpoint.directory import on_every_rank
 from neox.checkpoint.manifest import Entry
 from neox.checkpoint.neox import save_layers
+from neox.engine.eight_bit import is_eight_bit, quantized
 from neox.engine.optimizers import check_state, step_counter
 from neox.engine.plain_state import COUNTERS
 from neox.engine.saved_state import SavedState, in_memory
@@ -131,6 +132,8 @@ def _shares(
                 state["step"] = step_counter(optimizer.optimizer, flat, found.step)
             start += share
         weights.append(state.pop("fp32", flat.detach()))
+        if state and is_eight_bit(optimizer.optimizer):
+            state = quantized(optimizer.optimizer, flat, state)
         if state:
             states[number] = state
     return states, weights

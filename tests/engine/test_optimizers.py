@@ -34,6 +34,11 @@ from tests.models import config_of
 from tests.world import World
 
 DECAY = 0.1
+# The threshold: the test model's weights are too small to be spread otherwise.
+ZERO_3 = {
+    "pipe_parallel_size": 0,
+    "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+}
 
 
 def chosen(kind: str, **params: Any) -> dict[str, Any]:
@@ -237,13 +242,13 @@ def test_replicas_that_share_the_state_train_alike(world: World, name: str) -> N
     assert len(set(alone)) == STEPS
 
 
-@pytest.mark.parametrize("zero", [ZERO_0, ZERO_1], ids=["zero0", "zero1"])
+@pytest.mark.parametrize("zero", [ZERO_0, ZERO_1, ZERO_3], ids=["zero0", "zero1", "zero3"])
 @pytest.mark.parametrize("name", ELSEWHERE)
 def test_a_resumed_run_is_the_uninterrupted_one(
     world: World, tmp_path: Path, name: str, zero: dict[str, Any]
 ) -> None:
     keys, _ = REFERENCES[name]
-    topology = Topology(dp=2) if zero == ZERO_1 else ONE
+    topology = ONE if zero == ZERO_0 else Topology(dp=2)
     arguments = (topology, {**keys, **zero}, str(tmp_path / "global_step2"))
     world.run(topology.world_size, run_and_resume, *arguments)
 
@@ -254,8 +259,10 @@ def test_a_resumed_run_is_the_uninterrupted_one(
         ((Topology(dp=2), ZERO_1), (ONE, ZERO_1)),
         ((ONE, ZERO_0), (Topology(tp=2, pp=2), ZERO_1)),
         ((Topology(tp=2), ZERO_1), (Topology(pp=2), ZERO_0)),
+        ((Topology(dp=2), ZERO_3), (Topology(tp=2), ZERO_0)),
+        ((ONE, ZERO_1), (Topology(dp=2), ZERO_3)),
     ],
-    ids=["zero1", "zero0to1", "zero1to0"],
+    ids=["zero1", "zero0to1", "zero1to0", "zero3to0", "zero1to3"],
 )
 def test_8_bit_state_is_quantized_anew_for_another_grid(
     world: World, tmp_path: Path, source: tuple[Topology, Any], target: tuple[Topology, Any]
