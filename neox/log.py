@@ -68,7 +68,7 @@ def quiet_third_parties() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("WANDB_SILENT", "true")
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
-    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # torch's profiler
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler
     for name in (
         "deepspeed",
         "DeepSpeed",

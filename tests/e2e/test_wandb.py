@@ -144,3 +144,4 @@ def test_every_key_of_upstream_is_in_the_run(folder: Path) -> None:
     names = {event.get("name") for event in json.loads(trace.read_text())["traceEvents"]}
     assert names >= {"ProfilerStep#2", "ProfilerStep#3"}
     assert names.isdisjoint({"ProfilerStep#1", "ProfilerStep#4"})
+    assert (folder / "stderr").read_text() == ""
