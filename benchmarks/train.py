@@ -9,6 +9,7 @@ products' time against our step's, peak_memory_over_transformers the ratio of tw
 resident memory.
 
     python benchmarks/train.py [--quick] [--json FILE]
+    python benchmarks/train.py --breakdown        # where the time of our step goes
 """
 
 from __future__ import annotations
@@ -257,13 +258,50 @@ def compete(shape: Shape) -> tuple[dict[str, list[float]], dict[str, float], dic
     return speeds, losses, memory
 
 
+# Operators of our step by what they are for; the first row whose word is in an operator's name.
+PARTS = {
+    "attention": ("scaled_dot_product",),
+    "optimizer": ("adam", "foreach", "vector_norm"),
+    "matrix products of linear layers": ("mm",),
+    "softmax of the loss": ("exp", "amax", "sub_", "log", "gather", "scatter"),
+    "norms, activations, rotary, residuals, copies": ("",),
+}
+
+
+def break_down(shape: Shape) -> None:
+    """Print the share of each part in the operators' time, over some steps of ours."""
+    log.quiet_third_parties()  # before torch is imported
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    torch.set_num_threads(THREADS)
+    step = ours(shape)
+    step()
+    with profile(activities=[ProfilerActivity.CPU]) as recorded:
+        for _ in range(shape.rounds):
+            step()
+    milliseconds = dict.fromkeys(PARTS, 0.0)
+    for event in recorded.key_averages():
+        part = next(p for p, words in PARTS.items() if any(w in event.key for w in words))
+        milliseconds[part] += event.self_cpu_time_total / 1000 / shape.rounds
+    total = sum(milliseconds.values())
+    print(f"{'part':48}{'ms a step':>10}{'share':>8}")
+    for part, spent in milliseconds.items():
+        print(f"{part:48}{spent:10.0f}{spent / total:8.1%}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a tiny model instead of the 70M one")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
+    parser.add_argument("--breakdown", action="store_true", help="the parts of our step instead")
     arguments = parser.parse_args()
     shape = QUICK if arguments.quick else FULL
     os.environ["OMP_NUM_THREADS"] = str(THREADS)
+    if arguments.breakdown:
+        break_down(shape)
+        return
 
     speeds, losses, memory = compete(shape)
     ratios = [a / b for a, b in zip(speeds["ours"], speeds["transformers"], strict=True)]
