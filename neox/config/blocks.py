@@ -40,7 +40,7 @@ class FP16:
     loss_scale_window: int | float = key(1000, "Steps without overflow that double it.", low=1)
     hysteresis: int = key(2, "Overflows before it is halved.", low=1)
     consecutive_hysteresis: bool = key(False, "Only overflows in a row count.")
-    min_loss_scale: int | float = key(1, "It never falls below this.", above=0)
+    min_loss_scale: int | float = key(1, "It never falls below this.", low=1)
     fp16_master_weights_and_grads: bool = refused(
         False, "Master copy in fp16.", "it needs DeepSpeed's CPU Adam"
     )

@@ -195,3 +195,52 @@ def test_deepspeed_reads_it(precision: str, monkeypatch: pytest.MonkeyPatch) -> 
     assert parsed.bfloat16_config.enabled == (precision == "bfloat16")
     assert parsed.checkpoint_tag_validation_fail
     assert parsed.optimizer_name is None
+
+
+def scaler_of(fp16: dict[str, Any], patch: pytest.MonkeyPatch) -> Any:
+    """The loss scaler that DeepSpeed makes for a GPU from our dictionary."""
+    patch.setenv("DS_ACCELERATOR", "cpu")
+    import torch
+    from deepspeed.runtime.config import DeepSpeedConfig
+    from deepspeed.runtime.fp16.loss_scaler import CreateLossScaler
+
+    patch.setattr("deepspeed.runtime.fp16.loss_scaler.dist.get_rank", lambda: 1)
+    given = to_deepspeed(build(fp16={"enabled": True, **fp16}))
+    block = DeepSpeedConfig(given | {"train_batch_size": 8}).float16_config
+    return CreateLossScaler(
+        torch.half,
+        static_loss_scale=block.loss_scale,
+        dynamic_scaling=block.loss_scale == 0,
+        dynamic_loss_args=block.dynamic_loss_scale_args(),
+    )
+
+
+@pytest.mark.parametrize(
+    ("fp16", "overflows", "scales"),
+    [
+        # The first of two overflows is forgiven, the second and later ones halve.
+        ({"initial_scale_power": 4}, "xxx", [16, 8, 4]),
+        ({"initial_scale_power": 4, "hysteresis": 1}, "xxx", [8, 4, 2]),
+        ({"initial_scale_power": 4, "hysteresis": 3}, "xx.xx", [16, 16, 16, 8, 4]),
+        # Only overflows in a row count.
+        (
+            {"initial_scale_power": 4, "hysteresis": 2, "consecutive_hysteresis": True},
+            "x.x.xx",
+            [16, 16, 16, 16, 16, 8],
+        ),
+        ({"initial_scale_power": 2, "hysteresis": 1, "min_loss_scale": 2}, "xx", [2, 2]),
+        ({"initial_scale_power": 4, "loss_scale_window": 2.0}, ".....", [16, 16, 32, 32, 64]),
+        ({"loss_scale": 128, "initial_scale_power": 4}, "x.x", [128, 128, 128]),
+        ({}, ".", [65536]),
+    ],
+)
+def test_the_loss_scale_moves_as_configured(
+    fp16: dict[str, Any], overflows: str, scales: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scaler = scaler_of(fp16, monkeypatch)
+    scaler.raise_error_at_min_scale = False
+    found = []
+    for step in overflows:
+        scaler.update_scale(step == "x")
+        found.append(scaler.loss_scale)
+    assert found == scales
