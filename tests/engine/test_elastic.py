@@ -21,7 +21,7 @@ from neox.config import NeoXConfig
 from neox.engine.base import Engine
 from neox.engine.build import build_engine
 from neox.engine.deepspeed import DeepSpeedEngine
-from neox.engine.plain_state import PlainState
+from neox.engine.plain_state import NUMBERED, PlainState
 from neox.engine.saved_state import ZeroState
 from neox.errors import CheckpointError
 from neox.model.gpt import layers as model_layers
@@ -254,6 +254,63 @@ def test_every_layout_engine_and_optimizer(
     targets: list[tuple[Topology, dict[str, Any]]],
 ) -> None:
     check(world, tmp_path, values, source, targets)
+
+
+@pytest.mark.parametrize(
+    ("values", "topology"),
+    [
+        ({"no_weight_tying": False, "pos_emb": "learned"}, Topology(pp=2)),
+        ({"no_weight_tying": False, "num_layers": 4}, Topology(pp=4)),
+        ({"no_weight_tying": False}, Topology(tp=2)),
+        ({"weight_decay": 0.0}, TP2PP2),
+    ],
+    ids=["tied", "tied_on_four", "tied_on_one", "untied"],
+)
+def test_numbers_alone_tell_the_parameters_where_the_order_is_upstreams(
+    world: World, tmp_path: Path, values: dict[str, Any], topology: Topology
+) -> None:
+    """Upstream's files don't say which parameter has which number; ours are in its order."""
+    folder = tmp_path / f"global_step{BEFORE}"
+    arguments = (topology, values | ZERO_0, str(folder), 0)
+    world.run(topology.world_size, start, *arguments)
+    told = whole_state(folder, values)
+    for path in folder.glob("mp_rank_*"):
+        contents = torch.load(path, weights_only=True)
+        groups = contents["optimizer"]["param_groups"]
+        assert len(contents.pop(NUMBERED)) == sum(len(group["params"]) for group in groups)
+        torch.save(contents, path)
+    found = whole_state(folder, values)
+    assert found.keys() == told.keys()
+    for name, tensor in told.items():
+        assert torch.equal(found[name], tensor), name
+
+
+def test_a_stage_whose_file_is_missing_is_not_taken_for_untrained(
+    world: World, tmp_path: Path
+) -> None:
+    folder = tmp_path / f"global_step{BEFORE}"
+    world.run(2, start, Topology(pp=2), ZERO_0, str(folder), 0)
+    (folder / "mp_rank_01_model_states.pt").unlink()
+    arguments = (ONE, ZERO_0, str(folder), str(tmp_path / "again"), 0)
+    with pytest.raises(CheckpointError, match=r"does not go with the weights.*no_load_optim"):
+        world.run(1, go_on, *arguments)
+
+
+def test_state_saved_before_the_first_step_is_none(world: World, tmp_path: Path) -> None:
+    folder, again = tmp_path / f"global_step{BEFORE}", tmp_path / "again"
+    world.run(1, save_untrained, str(folder))
+    for topology, zero in ((ONE, ZERO_0), (DP2, ZERO_1)):
+        arguments = (topology, zero, str(folder), str(again), 1)
+        (loss, *_) = world.run(topology.world_size, go_on, *arguments)
+        assert loss[0] > 0
+        for path in again.iterdir():
+            path.unlink()
+        again.rmdir()
+
+
+def save_untrained(rank: int, folder: str) -> None:
+    engine, _, groups = engine_of(ONE, ZERO_0)
+    save(engine, Path(folder), groups)
 
 
 def test_bfloat16_keeps_its_float32_weights(world: World, tmp_path: Path) -> None:
