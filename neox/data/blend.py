@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from neox.config import NeoXConfig
+from neox.data.blending import build_blend_index, build_whole_blend_index
 from neox.data.cache import Arrays, cached_arrays
 from neox.data.documents import Documents, Sample
-from neox.data.indexed import build_blend_index, build_whole_blend_index
 from neox.data.samples import Origin, Samples, open_samples
 from neox.errors import DataError
 from neox.parallel.groups import ProcessGroups

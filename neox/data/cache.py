@@ -20,6 +20,7 @@ from neox.errors import DataError
 from neox.parallel.groups import ProcessGroups
 
 Arrays = tuple[np.ndarray, ...]
+_CHUNK = 1 << 22
 
 
 def cached_arrays(
@@ -132,7 +133,11 @@ def _is_read_only(folder: Path) -> bool:
 
 
 def _checksum(path: Path) -> int:
-    return zlib.crc32(memoryview(np.memmap(path, mode="r", dtype=np.uint8)))
+    with open(path, "rb") as file:
+        checksum = 0
+        while part := file.read(_CHUNK):
+            checksum = zlib.crc32(part, checksum)
+    return checksum
 
 
 def _map(path: Path) -> np.ndarray:

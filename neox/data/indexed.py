@@ -1,11 +1,9 @@
-"""Tokenized corpora on disk, and the one door to megatron-core's blending.
+"""Tokenized corpora on disk.
 
 `PREFIX.bin` holds the token ids of all documents end to end; `PREFIX.idx` says where each starts:
 
     9 bytes "MMIDIDX\\0\\0" | uint64 version 1 | uint8 dtype code | uint64 n | uint64 d
     int32 length in tokens [n] | int64 offset in bytes [n] | int64 document boundaries [d = n + 1]
-
-Blending is megatron-core's, whose import costs seconds: hence inside the functions.
 """
 
 from __future__ import annotations
@@ -159,31 +157,6 @@ def warm_up(prefix: str | Path) -> None:
             with open(path, "rb", buffering=0) as file:
                 while read := file.read(_CHUNK):
                     bar.update(len(read))
-
-
-def build_blend_index(weights: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """For each of `size` samples: int16 dataset, int64 index within it, following `weights`.
-
-    Greedy: every sample comes from the dataset that is furthest behind weight * samples so far.
-    `weights` are float64 and sum to 1.
-    """
-    from megatron.core.datasets import helpers
-
-    dataset = np.empty(size, dtype=np.int16)
-    index = np.empty(size, dtype=np.int64)
-    helpers.build_blending_indices(dataset, index, weights, len(weights), size, False)
-    return dataset, index
-
-
-def build_whole_blend_index(sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """As `build_blend_index`, but every one of the int64 `sizes` samples exactly once."""
-    from megatron.core.datasets import helpers
-
-    total = int(sizes.sum())
-    dataset = np.empty(total, dtype=np.int16)
-    index = np.empty(total, dtype=np.int64)
-    helpers.build_exhaustive_blending_indices(dataset, index, sizes, len(sizes))
-    return dataset, index
 
 
 class IndexedWriter:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -119,7 +119,7 @@ def _common_dtype(datasets: Sequence[IndexedDataset]) -> np.dtype:
     return first.dtype
 
 
-def _copy(datasets: Sequence[IndexedDataset], writer: IndexedWriter, bar) -> None:
+def _copy(datasets: Sequence[IndexedDataset], writer: IndexedWriter, bar: Any) -> None:
     for dataset in datasets:
         lengths = dataset.sequence_lengths
         ends = dataset.sequence_offsets // dataset.dtype.itemsize + lengths

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from neox.data.blending import build_blend_index
 from neox.data.documents import open_documents
-from neox.data.indexed import bin_path, build_blend_index, idx_path, open_indexed
+from neox.data.indexed import bin_path, idx_path, open_indexed
 from neox.data.order import epochs_needed, stream_order, whole_order
 from neox.errors import DataError
 
