@@ -97,6 +97,7 @@ def test_the_norms_of_one_process(world: World, tmp_path: Path, tied: bool) -> N
     assert norms[0].keys() == expected_keys
 
 
+OFFLOADED = {"stage": 2, "offload_optimizer": {"device": "cpu"}}
 GRIDS: list[tuple[Topology, dict[str, Any]]] = [
     (Topology(dp=2), {"zero_optimization": {"stage": 0}}),
     (Topology(dp=2), {"zero_optimization": {"stage": 1}}),
@@ -104,6 +105,8 @@ GRIDS: list[tuple[Topology, dict[str, Any]]] = [
     (Topology(dp=2), {"zero_optimization": {"stage": 1}, "pipe_parallel_size": 0}),
     (Topology(dp=2), {"zero_optimization": {"stage": 2}, "pipe_parallel_size": 0}),
     (Topology(dp=2), {"zero_optimization": {"stage": 3}, "pipe_parallel_size": 0}),
+    (Topology(dp=2), {"zero_optimization": OFFLOADED, "pipe_parallel_size": 0}),
+    (Topology(tp=2), {"sequence_parallel": True}),
     (Topology(pp=2, tp=2), {"zero_optimization": {"stage": 1}}),
     (Topology(pp=2, dp=2), {"zero_optimization": {"stage": 1}}),
     (Topology(tp=2, dp=2), {"zero_optimization": {"stage": 1}}),

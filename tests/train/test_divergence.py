@@ -132,6 +132,8 @@ GRIDS: list[tuple[Topology, dict[str, Any]]] = [
     (Topology(pp=2, tp=2), {}),
     (Topology(pp=2, dp=2), {"checkpoint_activations": True}),
     (Topology(dp=2), {"zero_optimization": {"stage": 2}, "pipe_parallel_size": 0}),
+    (Topology(dp=2), {"zero_optimization": {"stage": 3}, "pipe_parallel_size": 0}),
+    (Topology(tp=2), {"sequence_parallel": True}),
     (Topology(pp=2), {"precision": "bfloat16"}),
     (Topology(tp=2), {"precision": "bfloat16", "pipe_parallel_size": 0}),
 ]
