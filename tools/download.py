@@ -14,6 +14,7 @@ import os
 import queue
 import random
 import re
+import socket
 import threading
 import time
 import urllib.error
@@ -252,22 +253,32 @@ class _Patience:
     def __init__(self, url: str, wait: Callable[[float], object], stop: threading.Event) -> None:
         self.url, self.wait, self.stop = url, wait, stop
         self.failures = 0
+        self.reached = False
 
     def restart(self) -> None:
         self.failures = 0
+        self.reached = True
 
     def failed(self, error: Exception) -> None:
         """Wait for another attempt. Raises Unavailable when there have been enough."""
         self.failures += 1
         reason = _reason(error)
-        if self.failures == ATTEMPTS or self.stop.is_set():
-            raise Unavailable(f"{reason} ({ATTEMPTS} attempts)") from error
+        if self.failures >= self._attempts(error) or self.stop.is_set():
+            attempts = f" ({self.failures} attempts)" if self.failures > 1 else ""
+            raise Unavailable(f"{reason}{attempts}") from error
         seconds = _asked_to_wait(error)
         if seconds is None:
             # Spread out, so that the clients of a server that was down do not all come at once.
             seconds = 2**self.failures * random.uniform(0.5, 1.0)
         log.warning(f"{self.url}: {reason}; trying again in {seconds:.0f} s")
         self.wait(seconds)
+
+    def _attempts(self, error: Exception) -> int:
+        """Without a network no name is known: then another attempt is a wait for nothing."""
+        cause = error.reason if isinstance(error, urllib.error.URLError) else error
+        if self.reached or not isinstance(cause, socket.gaierror):
+            return ATTEMPTS
+        return 2 if cause.errno == socket.EAI_AGAIN else 1
 
 
 def _asked_to_wait(error: Exception) -> float | None:

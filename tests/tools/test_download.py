@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import resource
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import pytest
 
 from neox.errors import CheckpointError
 from tests.tools.server import BODY, HALF, Site
-from tools.download import ATTEMPTS, Client, RemoteFile
+from tools.download import ATTEMPTS, Client, RemoteFile, Unavailable
 
 
 def sha256(body: bytes) -> str:
@@ -78,6 +80,28 @@ def test_waits_grow_and_come_to_an_end(site: Site, tmp_path: Path) -> None:
     assert len(site.gets("/w")) == ATTEMPTS
     for i, wait in enumerate(waits, start=1):
         assert 2**i / 2 <= wait <= 2**i
+
+
+@pytest.mark.parametrize(
+    ("number", "waited", "said"),
+    [
+        (socket.EAI_NONAME, 0, r"x: Name or service not known$"),
+        (socket.EAI_AGAIN, 1, r"Temporary failure in name resolution \(2 attempts\)"),
+    ],
+)
+def test_without_a_network_the_wait_is_short(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, waited: int, said: str
+) -> None:
+    def unknown(*arguments: object, **options: object) -> None:
+        text = {socket.EAI_NONAME: "Name or service not known"}
+        raise socket.gaierror(number, text.get(number, "Temporary failure in name resolution"))
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    waits: list[float] = []
+    with pytest.raises(Unavailable) as caught:
+        Client(waits.append).head("http://corpora.test/x")
+    assert len(waits) == waited
+    assert re.search(said, f"x: {caught.value}")
 
 
 def test_a_server_without_ranges_starts_the_file_again(site: Site, tmp_path: Path) -> None:
