@@ -215,6 +215,9 @@ def forget_groups() -> None:
     groups = sys.modules.get("deepspeed.utils.groups")
     if groups is not None:
         importlib.reload(groups)  # it caches process groups in module globals
+    comm = sys.modules.get("deepspeed.comm.comm")
+    if comm is not None:
+        comm.cdb = None
     offload = sys.modules.get("deepspeed.runtime.zero.parameter_offload")
     if offload is not None:  # ZeRO 3 numbers what it partitions, and ranks compare the numbers
         offload.DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__[0][0] = 0
@@ -228,6 +231,3 @@ def _leave() -> None:
     forget_groups()
     if dist.is_initialized():
         dist.destroy_process_group()
-    comm = sys.modules.get("deepspeed.comm.comm")
-    if comm is not None:
-        comm.cdb = None
