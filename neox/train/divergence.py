@@ -102,7 +102,8 @@ class Guard:
         more = len(parts) - MOST_DOCUMENTS
         return (
             f" It read {'; '.join(parts[:MOST_DOCUMENTS])}"
-            f"{f'; and {more} more' if more > 0 else ''}."
+            f"{f'; and {more} more' if more > 0 else ''} (tools/data.py show CONFIG --step "
+            f"{numbers.stop // len(numbers)} --rank {rank})."
         )
 
     def _last_checkpoint(self) -> str:

@@ -6,11 +6,11 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from neox import log
-from neox.atomic import write_text
+from neox.atomic import replacing
 
 Row = dict[str, float | None]
 
@@ -39,13 +39,19 @@ class Journal:
             aside = _free_name(path)
             path.rename(aside)
             log.info(f"{path} of an earlier run is kept as {aside.name}")
-        self.rows = _rows_up_to(path, iteration) if path.exists() else []
-        lines = [_json_line(row) for row in self.rows]
-        write_text(path, "".join(lines))
+        last = _rewind(path, iteration) if path.exists() else b""
         self._tokens_per_iteration = tokens_per_iteration
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        self._path = path
         self._file = open(path, "r+b", buffering=0)  # noqa: SIM115  (closed by close)
-        self._row: Row = dict(self.rows[-1]) if self.rows else {}
-        self._start = self._file.seek(0, os.SEEK_END) - (len(lines[-1]) if lines else 0)
+        self._row: Row = json.loads(last) if last else {}
+        self._start = self._file.seek(0, os.SEEK_END) - len(last)
+
+    def rows(self) -> Iterator[Row]:
+        """What is in the file, line by line."""
+        with open(self._path, "rb") as file:
+            yield from map(json.loads, file)
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         if self._row.get("iteration") != step:
@@ -73,22 +79,23 @@ def _free_name(path: Path) -> Path:
     return name
 
 
-def _rows_up_to(path: Path, iteration: int) -> list[Row]:
-    """The rows of an earlier run that come no later than `iteration`."""
-    kept, dropped = [], 0
-    for line in path.read_bytes().splitlines():
-        try:
-            row = json.loads(line)
-            keep = row["iteration"] <= iteration
-        except (ValueError, KeyError, TypeError):  # the torn last line of a machine that went down
-            keep = False
-        if keep:
-            kept.append(row)
-        else:
-            dropped += 1
+def _rewind(path: Path, iteration: int) -> bytes:
+    """Drop the lines after `iteration`; the last one that is left."""
+    last, dropped = b"", 0
+    with replacing(path) as kept, open(path, "rb") as file:
+        for line in file:
+            try:
+                keep = json.loads(line)["iteration"] <= iteration and line.endswith(b"\n")
+            except (ValueError, KeyError, TypeError):  # torn, where a machine went down
+                keep = False
+            if keep:
+                last = line
+                kept.write(line)
+            else:
+                dropped += 1
     if dropped:
         log.info(f"{path}: dropped {dropped} lines of an earlier run after iteration {iteration}")
-    return kept
+    return last
 
 
 def _json_line(row: Row) -> str:

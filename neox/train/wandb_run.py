@@ -123,10 +123,10 @@ class WandbRun:
         path = self._folder / "wandb" / f"{self._id}.jsonl"
         is_continued = path.exists()
         journal = Journal(path, iteration, replaces=True)
-        rows = [row for row in journal.rows if (row["iteration"] or 0) >= self._known]
-        with log.progress(total=len(rows), desc="W&B: earlier iterations") as bar:
-            for row in rows:
-                self._tell(row)
+        with log.progress(total=iteration, desc="W&B: earlier iterations") as bar:
+            for row in journal.rows():
+                if (row["iteration"] or 0) >= self._known:
+                    self._tell(row)
                 bar.update(1)
         if is_continued and self._run.offline:
             for folder in (self._folder / "wandb").glob(f"offline-run-*-{self._id}"):

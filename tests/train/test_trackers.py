@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -128,6 +129,94 @@ def test_wandb_mode_of_the_environment_is_kept(
         trackers.log({"train/lm_loss": 7.0}, step=1)
     assert capfd.readouterr() == ("", "")
     assert history_of(_offline_run(tmp_path / "logs"))[1]["train/lm_loss"] == 7.0
+
+
+@pytest.fixture
+def resumable(make_config, tmp_path):
+    def make(**changes):
+        save = str(tmp_path / "checkpoints")
+        values = {"save": save, "load": save, "checkpoint_factor": 2, "use_wandb": True}
+        return make_config(**values, log_dir=str(tmp_path / "logs"), **changes)
+
+    return make
+
+
+def _log(config, iteration: int, steps: Iterable[int]) -> None:
+    with open_trackers(config, rank=0, iteration=iteration) as trackers:
+        for step in steps:
+            trackers.log({"train/lm_loss": step + iteration / 100}, step)
+
+
+def test_a_resumed_wandb_run_is_told_anew(no_wandb_account, resumable, tmp_path):
+    _log(resumable(), 0, range(1, 6))
+    _log(resumable(lr_decay_style="linear"), 3, range(4, 8))
+    records = _offline_run(tmp_path / "logs")
+    values = {step: row["train/lm_loss"] for step, row in history_of(records).items()}
+    assert values == {1: 1, 2: 2, 3: 3, 4: 4.03, 5: 5.03, 6: 6.03, 7: 7.03}
+    times = [
+        json.loads(item.value_json)
+        for record in records
+        for item in record.history.item
+        if item.nested_key[:1] == ["_timestamp"]
+    ]
+    assert len(times) == 7 and times == sorted(times) and times[3] - times[2] > 0.01
+
+
+@pytest.mark.parametrize(
+    ("changes", "iteration", "runs"),
+    [
+        ({}, 0, 1),  # killed before its first checkpoint
+        ({"seed": 2}, 0, 2),
+        ({"load": None}, 0, 2),
+        ({"load": "elsewhere"}, 3, 2),
+    ],
+)
+def test_what_is_the_same_wandb_run(
+    no_wandb_account, resumable, tmp_path, changes, iteration, runs
+):
+    _log(resumable(), 0, range(1, 4))
+    config = resumable()
+    _log(dataclasses.replace(config, **changes), iteration, range(iteration + 1, 5))
+    paths = list((tmp_path / "logs").glob("wandb/offline-run-*/*.wandb"))
+    assert len(paths) == len({path.name for path in paths}) == runs
+
+
+def test_a_server_is_sent_what_it_lacks(resumable, monkeypatch):
+    told: list[tuple[int, dict[str, float]]] = []
+
+    class Run:
+        step, offline = 0, False
+
+        def log(self, values: dict[str, float], step: int) -> None:
+            told.append((step, values))
+
+        def finish(self, exit_code: int) -> None:
+            pass
+
+    started: list[dict[str, object]] = []
+    run = Run()
+
+    def init(**settings: object) -> Run:
+        started.append(settings)
+        return run
+
+    fake = types.SimpleNamespace(
+        init=init, login=lambda **_: True, Settings=dict, teardown=lambda: None
+    )
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    _log(resumable(), 0, range(1, 6))
+    assert [step for step, _ in told] == [1, 2, 3, 4, 5]
+    told.clear()
+    Run.step = 3  # it got 1 and 2 before the kill
+    _log(resumable(), 4, range(5, 7))
+    assert [step for step, _ in told] == [3, 4, 5, 6]
+    told.clear()
+    Run.step = 9  # it got more than the checkpoint: that is not sent again
+    _log(resumable(), 6, range(7, 11))
+    assert [step for step, _ in told] == [9, 10]
+    assert len({settings["id"] for settings in started}) == 1
+    assert {settings["resume"] for settings in started} == {"allow"}
 
 
 def test_other_ranks_track_nothing(wandb_config, tmp_path):
