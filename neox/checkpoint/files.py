@@ -73,14 +73,14 @@ def save_file(contents: object, path: Path) -> Entry:
     """torch.save, flushed to the disk. The checksum is of what was meant to be written.
 
     A disk that changes it on the way is thus found out. Raises what torch hides behind an error of
-    its own: OSError with the system's reason (a full disk), and KeyboardInterrupt.
+    its own: OSError with the system's reason (a full disk), and what a signal raises.
     """
     with open(path, "wb") as file:
         hashing = _HashingFile(file)
         try:
             torch.save(contents, hashing)  # type: ignore[arg-type]  # it writes and flushes only
         except RuntimeError as error:
-            if isinstance(error.__context__, OSError | KeyboardInterrupt):
+            if isinstance(error.__context__, OSError | KeyboardInterrupt | SystemExit):
                 raise error.__context__ from None
             raise
         file.flush()

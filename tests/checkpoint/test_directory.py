@@ -227,14 +227,15 @@ def test_torch_does_not_hide_the_systems_reason(directory: Path) -> None:
     assert sorted(path.name for path in directory.iterdir()) == ["global_step7", "latest"]
 
 
-def test_an_interrupt_in_the_middle_of_a_file_is_not_torchs_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("signal", [KeyboardInterrupt, SystemExit])  # of SIGINT, of SIGTERM
+def test_a_signal_in_the_middle_of_a_file_is_not_torchs_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, signal: type[BaseException]
 ) -> None:
     def interrupt(hasher: Hasher, data: bytes) -> None:
-        raise KeyboardInterrupt
+        raise signal
 
     monkeypatch.setattr(Hasher, "update", interrupt)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(signal):
         save_file({"x": torch.ones(8)}, tmp_path / "x.pt")
 
 
