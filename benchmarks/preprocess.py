@@ -53,7 +53,7 @@ class Shape:
 
 
 FULL = Shape("full", 16_000_000, rounds=7)
-QUICK = Shape("quick", 4_000_000, rounds=3)
+QUICK = Shape("quick", 8_000_000, rounds=3)
 
 
 @dataclass(frozen=True)
@@ -206,7 +206,7 @@ def grown(documents: Path, tokenizer: Path, folder: Path) -> dict[int, tuple[int
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="4 MB instead of 16, fewer rounds")
+    parser.add_argument("--quick", action="store_true", help="8 MB instead of 16, fewer rounds")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
     parser.add_argument("--input", type=Path, metavar="JSONL")
     parser.add_argument("--tokenizer", type=Path, metavar="FILE")
