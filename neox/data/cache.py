@@ -74,7 +74,7 @@ def _find(folders: Sequence[Path], stem: str, names: Sequence[str], key: str) ->
     """The first folder where the files are there and whole."""
     for folder in folders:
         about = folder / f"{stem}.json"
-        if not about.is_file():
+        if not os.path.isfile(about):  # nor where somebody else's folder may not be entered
             continue
         problem = _damage(about, names, key)
         if problem is None:
