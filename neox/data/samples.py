@@ -21,6 +21,7 @@ from neox.parallel.groups import ProcessGroups
 
 # Part of the caches' keys: raise it when the order or the files' meaning changes.
 ORDER_VERSION = 2
+_LONGEST_STREAM = 2**31  # documents; ordering them takes 16 bytes each
 
 
 class Origin(NamedTuple):
@@ -192,6 +193,12 @@ def _open_stream(
             )
         log.warning(f"{short}: the same documents are repeated within each sample")
     epochs = 1 if num_samples is None else epochs_needed(tokens, config.seq_length, num_samples)
+    if epochs * len(chosen) > _LONGEST_STREAM:
+        raise DataError(
+            f"{num_samples} samples are {epochs} epochs of documents {chosen.start} to "
+            f"{chosen.stop - 1} of {prefix}, which have {tokens} tokens: more than can be ordered "
+            "in memory. Give it more data, or fewer samples (train_iters, eval_iters)"
+        )
 
     def build() -> Arrays:
         log.info(f"shuffling {len(chosen)} documents of {prefix}, epochs: {epochs} ...")

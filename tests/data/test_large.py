@@ -12,7 +12,10 @@ from neox.data.blending import build_blend_index
 from neox.data.documents import open_documents
 from neox.data.indexed import bin_path, idx_path, open_indexed
 from neox.data.order import epochs_needed, stream_order, whole_order
+from neox.data.samples import open_samples
 from neox.errors import DataError
+from neox.parallel.groups import ProcessGroups
+from tests.data.datasets import training_config, write_dataset
 
 LONGEST = 2**31 - 1  # lengths are int32
 
@@ -85,3 +88,13 @@ def test_an_index_that_points_outside(tmp_path: Path) -> None:
     documents = open_documents(str(prefix))
     with pytest.raises(DataError, match=r"points at tokens 0 to 100 of data.bin, which has 12"):
         documents.read([(0, 0, 100)], 100)
+
+
+def test_a_dataset_that_would_be_repeated_without_end(tmp_path: Path) -> None:
+    """As a validation split of one short document is, for many iterations."""
+    write_dataset(tmp_path / "data", [3])
+    config = training_config(tmp_path)
+    documents = open_documents(str(tmp_path / "data"))
+    message = r"10000000000 samples are 26666666667 epochs of documents 0 to 0 of .*, which have 3"
+    with pytest.raises(DataError, match=message):
+        open_samples(documents, range(1), 10**10, config, ProcessGroups.single())
