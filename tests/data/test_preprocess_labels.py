@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from neox.data.documents import MASKED, open_documents
 from neox.data.indexed import open_indexed
 from neox.data.preprocess import preprocess
 from neox.data.recipes import ChatRecipe, TextRecipe, mask_through
@@ -80,6 +82,17 @@ def test_masked_datasets_are_parallel(tmp_path: Path) -> None:
     assert learnt == [b" b\0", b"no answer\0", b" x A: y\0", b"\0"]
     for pair in zip(tokens, labels, strict=True):
         assert all(label in (-100, token) for token, label in zip(*pair, strict=True))
+
+
+def test_training_reads_what_is_written(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "in.jsonl", [{"text": "Q: a A: b"}, {"text": "none"}])
+    recipe = TextRecipe(load_tokenizer("CharLevelTokenizer"), append_eod=True, mask_before=b"A:")
+    done = preprocess([path], tmp_path / "out", recipe)
+    assert (done.documents, done.tokens, done.masked) == (2, 15, 7)
+    read = open_documents(f"{tmp_path}/out_text_document", f"{tmp_path}/out_label_document", 512)
+    tokens, labels = read.read([(0, 5, 10), (1, 0, 2)], 8)
+    assert bytes(tokens.tolist()) == b"A: b\0no\0"
+    assert labels.tolist() == [MASKED, MASKED, *b" b\0no", MASKED]
 
 
 def test_several_keys_have_labels_of_their_own(tmp_path: Path) -> None:
@@ -257,10 +270,11 @@ def test_the_chat_command(tmp_path: Path, chat_folder: Path) -> None:
     flags = ["--input", str(path), "--output-prefix", str(tmp_path / "out"), "--jsonl-keys", "chat"]
     flags += ["--tokenizer-path", str(chat_folder)]
     tool = ROOT / "tools/preprocess_data_with_chat_template.py"
-    command = [sys.executable, tool, *flags, "--workers", "2"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    done = subprocess.run(
+        [sys.executable, tool, *flags], capture_output=True, text=True, cwd=tmp_path
+    )
     assert (done.returncode, done.stderr) == (0, "")
-    template = load_chat_template(str(chat_folder))
+    template = pickle.loads(pickle.dumps(load_chat_template(str(chat_folder))))  # as for a worker
     expected = [turn_by_turn(template, chat, False) for chat in (CHAT, CHAT[1:3])]
     assert documents(tmp_path / "out_chat_document") == [tokens for tokens, _ in expected]
     assert documents(tmp_path / "out_chat_label_document") == [labels for _, labels in expected]
