@@ -388,6 +388,9 @@ def test_each_key_that_does_nothing_gets_one_warning(
     ]
 
 
+BLEND = {f"{split}_data_paths": ["a"] for split in ("train", "valid", "test")}
+
+
 @pytest.mark.parametrize(
     ("given", "warning"),
     [
@@ -397,6 +400,15 @@ def test_each_key_that_does_nothing_gets_one_warning(
         ({"gpt_j_tied": True, "gpt_j_residual": True}, ""),
         ({"rotary_pct": 0.25, "pos_emb": "rotary"}, ""),
         ({"lr_decay_fraction": 0.5}, ""),
+        ({"weight_by_num_documents": True}, "does nothing: only train_data_paths and the like"),
+        ({"weighted_sampler_alpha": 0.5}, "does nothing: only weight_by_num_documents: true"),
+        (
+            BLEND | {"weight_by_num_documents": True, "train_data_weights": [2.0]},
+            "train_data_weights is [2.0], which does nothing: weight_by_num_documents sets",
+        ),
+        (BLEND | {"weight_by_num_documents": True, "weighted_sampler_alpha": 0.5}, ""),
+        ({"allow_chopped": False}, "which does nothing: pack_impl: packed always cuts"),
+        ({"allow_chopped": False, "pack_impl": "unpacked"}, ""),
     ],
 )
 def test_keys_that_do_nothing_beside_others(

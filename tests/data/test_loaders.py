@@ -318,3 +318,15 @@ def test_more_datasets_than_files_may_be_open(tmp_path: Path, monkeypatch) -> No
     data = {f"{split}_data_paths": ["a", "b"] for split in ("train", "valid", "test")}
     with pytest.raises(DataError, match="2 datasets are more than a process may have open here"):
         build(tmp_path, data_path=None, split=None, **data)
+
+
+def test_threads_end_with_their_loader() -> None:
+    loader, _ = counted(3)
+    next(loader)
+    threads = [t for t in threading.enumerate() if t.name.startswith("neox-data")]
+    assert threads
+    del loader
+    gc.collect()
+    for thread in threads:
+        thread.join(timeout=30)
+        assert not thread.is_alive()
