@@ -66,7 +66,27 @@ def build_pipelined(
         model.loss_fn = partial(_loss, *local[-1])
     inner = wrap(model, config, groups)
     _even_out_norms(inner, groups)
+    if groups.is_last_stage:
+        _begin_backward_with_the_loss(inner)
     return PipelinedEngine(inner, layers, local, streams, region, groups)
+
+
+def _begin_backward_with_the_loss(inner: Any) -> None:
+    """Prepare the backward pass before the output projection's, and not after it.
+
+    DeepSpeed does so when the gradient of the outputs is there, which are the projection's input
+    here; in bfloat16 that empties the gradients found so far.
+    """
+    prepare, inner._backward_prologue = inner._backward_prologue, lambda: None
+    compute = inner.module.loss_fn
+
+    def loss_fn(*inputs: Any) -> Tensor:
+        loss = compute(*inputs)
+        if loss.requires_grad:
+            loss.register_hook(lambda gradient: prepare())
+        return loss
+
+    inner.module.loss_fn = loss_fn
 
 
 def _check_method(method: str, specs: list[Any]) -> None:
