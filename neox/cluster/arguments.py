@@ -119,7 +119,7 @@ def _build_parser() -> _Parser:
     add("-i", "--sample_input_file", metavar="FILE", help="prompts to continue")
     add("-o", "--sample_output_file", metavar="FILE", help="where the samples go (JSON Lines)")
 
-    evaluate = parser.add_argument_group("evaluate.py")
+    evaluate = parser.add_argument_group("evaluate.py, and tasks in the validations of train.py")
     add = evaluate.add_argument
     add(
         "--eval_tasks",
