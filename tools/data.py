@@ -103,11 +103,12 @@ def run_show(options: argparse.Namespace) -> int:
         f"replica{'s' * (dp > 1)}"
     )
     assert loaders.train is not None
-    for number, title in itertools.islice(chosen, -(-options.rows // micro)):
-        for row in range(min(micro, options.rows)):
-            print(f"\n{title}, row {row}")
-            show_row(loaders.train, number, row, tokenizer)
-        options.rows -= micro
+    rows = [(*place, row) for place in chosen for row in range(micro)]
+    for number, title, row in rows[: options.rows]:
+        print(f"\n{title}, row {row}")
+        show_row(loaders.train, number, row, tokenizer)
+    if len(rows) > options.rows:
+        print(f"\n{len(rows) - options.rows} more: -n {len(rows)}")
     return 0
 
 

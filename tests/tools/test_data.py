@@ -123,6 +123,7 @@ def test_show_marks_masked_labels(run: Run, tmp_path: Path) -> None:
     assert f"learnt {len(ids) - 4}\n" in out
     assert "padding" not in out
     assert "labels that are not the text's" not in out
+    assert out.endswith("\n3 more: -n 4\n")
 
     other = [(token + 1) % 200 for token in ids]
     with IndexedWriter(tmp_path / "labels", dtype=np.dtype(np.int32)) as writer:
