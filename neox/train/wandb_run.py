@@ -131,7 +131,10 @@ class WandbRun:
         if is_continued and self._run.offline:
             for folder in (self._folder / "wandb").glob(f"offline-run-*-{self._id}"):
                 if folder.resolve() != Path(self._run.dir).resolve().parent:
-                    shutil.rmtree(folder)
+                    for file in folder.glob("*.wandb"):
+                        file.unlink()
+                    # The service of a run that was just killed may still be writing its notes here.
+                    shutil.rmtree(folder, ignore_errors=True)
         return journal
 
     def _tell(self, row: Row) -> None:

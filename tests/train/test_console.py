@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import sys
+
 import pytest
 
+from neox import log
 from neox.train import console
 
 VALUES = {
@@ -57,3 +61,29 @@ def test_human_flops(flops, text):
 )
 def test_human_seconds(seconds, text):
     assert console.human_seconds(seconds) == text
+
+
+def test_parts_of_a_step_and_memory():
+    parts = {"forward": 0.01234, "batch generator": 0.5}
+    assert console.timers_line(parts) == "time (ms) | forward: 12.34 | batch generator: 500.00"
+    assert console.memory_line(10, {"allocated": 1.5, "max allocated": 1024.0}) == (
+        "after 10 iterations memory (MB) | allocated: 1.5 | max allocated: 1024.0"
+    )
+
+
+def test_the_live_line_is_for_terminals_with_or_without_a_size(monkeypatch, tmp_path):
+    ours, terminal = os.openpty()  # of size 0 x 0, as a scheduler's
+    with os.fdopen(terminal, "w") as stderr:
+        monkeypatch.setattr(sys, "stderr", stderr)
+        with log.progress(total=4, desc="training") as bar:
+            bar.set_postfix_str("loss 7.0", refresh=False)
+            bar.update(1)
+            bar.refresh()
+        shown = os.read(ours, 4096).decode()
+    os.close(ours)
+    assert "training:  25%" in shown and "loss 7.0" in shown
+    with (tmp_path / "file").open("w+") as stderr:
+        monkeypatch.setattr(sys, "stderr", stderr)
+        with log.progress(total=4, desc="training") as bar:
+            bar.update(1)
+        assert stderr.tell() == 0
