@@ -8,9 +8,8 @@
     python tools/fetch.py enwik8                          # a corpus of tools/corpora.yml, to data/
 
 What was interrupted goes on where it stopped, and what is finished is not fetched again. Every file
-is compared with the size and the checksum that its source publishes. tools/prepare_data.py fetches
-a corpus and tokenizes it. HF_TOKEN, HF_ENDPOINT and the
-proxies of the environment are respected.
+is compared with the size and the checksum that its source publishes. HF_TOKEN, HF_ENDPOINT and the
+proxies of the environment are respected. tools/prepare_data.py fetches a corpus and tokenizes it.
 
 This is not done by huggingface_hub, because that library loses the part of a file that an ended
 process had fetched and compares no checksums, and 20B's slim weights are not on the hub.
