@@ -39,7 +39,11 @@ class Journal:
             aside = _free_name(path)
             path.rename(aside)
             log.info(f"{path} of an earlier run is kept as {aside.name}")
-        last = _rewind(path, iteration) if path.exists() else b""
+        last, dropped = _rewind(path, iteration) if path.exists() else (b"", 0)
+        if dropped and not replaces:
+            log.info(
+                f"{path}: dropped {dropped} lines of an earlier run after iteration {iteration}"
+            )
         self._tokens_per_iteration = tokens_per_iteration
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
@@ -79,8 +83,8 @@ def _free_name(path: Path) -> Path:
     return name
 
 
-def _rewind(path: Path, iteration: int) -> bytes:
-    """Drop the lines after `iteration`; the last one that is left."""
+def _rewind(path: Path, iteration: int) -> tuple[bytes, int]:
+    """Drop the lines after `iteration`: the last one that is left, and how many are not."""
     last, dropped = b"", 0
     with replacing(path) as kept, open(path, "rb") as file:
         for line in file:
@@ -93,9 +97,7 @@ def _rewind(path: Path, iteration: int) -> bytes:
                 kept.write(line)
             else:
                 dropped += 1
-    if dropped:
-        log.info(f"{path}: dropped {dropped} lines of an earlier run after iteration {iteration}")
-    return last
+    return last, dropped
 
 
 def _json_line(row: Row) -> str:
