@@ -36,7 +36,7 @@ sys.path.insert(0, str(ROOT))
 from neox import log  # noqa: E402
 from neox.atomic import write_text  # noqa: E402
 
-STEPS = {1: 15_000, 2: 6_000}  # by processes: 14,400 steps of half a second are two hours
+STEPS = {1: 14_400, 2: 6_000}  # by processes: 14,400 steps of half a second are two hours
 QUICK_STEPS = {1: 200}
 LIMIT_MB = 0.5  # a run of a million steps would grow by half a gigabyte
 QUICK_LIMIT_MB = 40.0  # the allocator has not settled yet
@@ -198,7 +198,7 @@ def soak(folder: Path, processes: int, steps: int, quick: bool) -> list[Verdict]
                     for pid, name in trainers(run.pid, processes).items() if step else ():
                         reading = read(pid, step)
                         if reading is not None:
-                            names[pid] = name
+                            names.setdefault(pid, name)
                             readings.setdefault(pid, []).append(reading)
                     time.sleep(0.05 if quick else 0.5)
         finally:
@@ -232,10 +232,12 @@ def trainers(pid: int, processes: int) -> dict[int, str]:
     """The processes that train, of the run that `pid` started: itself, or its workers."""
     if processes == 1:
         return {pid: "the process"}
-    found, level = {}, [pid]
+    found, level = [], [pid]
     while level:
         level = [child for parent in level for child in children(parent)]
-        found.update({child: "worker" for child in level if is_worker(child)})
+        found += [child for child in level if is_worker(child)]
+    if len(found) < processes:
+        return {}  # the last steps are done
     return {child: f"rank {rank}" for rank, child in enumerate(sorted(found))}
 
 
