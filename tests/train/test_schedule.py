@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from neox.train.schedule import decay_iterations, learning_rate, rate_reported, rate_used
@@ -96,3 +98,17 @@ def test_the_decay_ends_at_its_own_iteration_or_fraction_or_with_training(make_c
     assert decay_iterations(make_config(lr_decay_fraction=0.77)) == 15
     assert decay_iterations(make_config(lr_decay_iters=7)) == 7
     assert decay_iterations(make_config(lr_decay_fraction=0.01)) == 1
+
+
+def test_the_documents_table_is_the_curve(make_config):
+    page = (Path(__file__).parents[2] / "docs/optimizers.md").read_text()
+    table = page[page.index("| `lr_decay_style` | 1 |") :].partition("\n\n")[0]
+    head, _, *rows = [
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in table.split("\n")
+    ]
+    assert len(rows) == 7
+    for style, *rates in rows:
+        kind, _, fall = style.replace("`", "").partition(", ")
+        values = {"optimizer": {"params": {"lr": 1.0}}, "min_lr": 0.1, "lr_decay_iters": 100}
+        config = make_config(**values, lr_decay_style=kind, wsd_decay_style=fall or "cosine")
+        assert rates == [f"{learning_rate(config, int(step)):.3f}" for step in head[1:]], style
