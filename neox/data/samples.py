@@ -6,6 +6,7 @@ all documents, upstream's order bit for bit; the other two keep documents in one
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol
 
@@ -45,13 +46,23 @@ class Samples(Protocol):
     def origins(self, n: int) -> list[Origin]: ...
 
 
-class _OneDataset:
+class _OneDataset(ABC):
     """What the two below share: a sample is its parts end to end."""
 
-    def __init__(self, documents: Documents, seq_length: int, facts: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        documents: Documents,
+        seq_length: int,
+        facts: dict[str, Any],
+        stream: np.ndarray,
+        bounds: np.ndarray,
+    ) -> None:
+        """`stream`: documents in order; `bounds`: where in it each sample begins."""
         self._documents = documents
         self._room = seq_length + 1
         self.facts = facts
+        self._stream = stream
+        self._bounds = bounds
 
     def __getitem__(self, n: int) -> Sample:
         """DataError when an id is outside the vocabulary."""
@@ -61,35 +72,24 @@ class _OneDataset:
         """The parts of sample n, in order."""
         return [Origin(self._documents.prefix, *part) for part in self._parts(n)]
 
+    @abstractmethod
     def _parts(self, n: int) -> Iterator[tuple[int, int, int]]:
         """(document, start, stop) of each part."""
-        raise NotImplementedError
 
 
 class StreamSamples(_OneDataset):
     """`packed`: consecutive tokens of a shuffled stream of documents.
 
     Consecutive samples of the stream share one token, the last of one being the first of the next:
-    each token is a label once. The samples are then shuffled.
+    each token is a label once. The samples are then shuffled. A row of `bounds` is (position in the
+    stream, token of that document).
     """
 
-    def __init__(
-        self,
-        documents: Documents,
-        seq_length: int,
-        facts: dict[str, Any],
-        stream: np.ndarray,
-        starts_N2: np.ndarray,
-    ) -> None:
-        super().__init__(documents, seq_length, facts)
-        self._stream = stream
-        self._starts_N2 = starts_N2
-
     def __len__(self) -> int:
-        return len(self._starts_N2)
+        return len(self._bounds)
 
     def _parts(self, n: int) -> Iterator[tuple[int, int, int]]:
-        position, start = self._starts_N2[n].tolist()
+        position, start = self._bounds[n].tolist()
         missing = self._room
         while missing:
             document = int(self._stream[position])
@@ -103,20 +103,9 @@ class StreamSamples(_OneDataset):
 class WholeSamples(_OneDataset):
     """`pack_until_overflow` and `unpacked`: documents from their beginning, then padding.
 
-    Documents are cut at their end where a single one is longer than a sample.
+    Documents are cut at their end where a single one is longer than a sample. `bounds` ends with
+    the end of the last sample.
     """
-
-    def __init__(
-        self,
-        documents: Documents,
-        seq_length: int,
-        facts: dict[str, Any],
-        stream: np.ndarray,
-        bounds: np.ndarray,
-    ) -> None:
-        super().__init__(documents, seq_length, facts)
-        self._stream = stream
-        self._bounds = bounds
 
     def __len__(self) -> int:
         return len(self._bounds) - 1
