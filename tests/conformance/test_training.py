@@ -65,6 +65,7 @@ GRIDS: dict[str, tuple[Topology, dict[str, Any]]] = {
     "pp0 dp2 ZeRO 1": (Topology(dp=2), SEQUENTIAL | zero(1)),
     "pp0 dp2 ZeRO 3": (Topology(dp=2), SEQUENTIAL | zero(3)),
     "tp2 dp2": (Topology(tp=2, dp=2), {}),
+    "tp2 pp2 split sequences": (Topology(pp=2, tp=2), {"sequence_parallel": True}),
 }
 
 
