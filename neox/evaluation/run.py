@@ -51,7 +51,14 @@ def evaluate(
     """
     tasks = load_tasks(config) if tasks is None else tasks
     started = time.time()
-    results = score(config, model, tokenizer, groups, tasks)
+    results = score(
+        config,
+        model,
+        tokenizer,
+        groups,
+        tasks,
+        batch_size=config.train_micro_batch_size_per_gpu,
+    )
     return {
         **results,
         "n_docs": {task: count["effective"] for task, count in results["n-samples"].items()},
@@ -68,6 +75,7 @@ def score(
     groups: ProcessGroups,
     tasks: TaskDict,
     *,
+    batch_size: int,
     bootstrap_iterations: int = BOOTSTRAP_ITERATIONS,
     together: bool = False,
 ) -> dict[str, Any]:
@@ -87,7 +95,7 @@ def score(
         lm = NeoXLM(
             model,
             tokenizer,
-            batch_size=config.train_micro_batch_size_per_gpu,
+            batch_size=batch_size,
             seed=config.seed,
             bar=bar,
             together=together,

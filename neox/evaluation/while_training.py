@@ -15,6 +15,7 @@ from neox.tokenizer import Tokenizer
 # For the standard error of metrics that have no formula for it. evaluate.py takes a hundred times
 # as many, which for LAMBADA's perplexity take longer than a small model's scores.
 BOOTSTRAP_ITERATIONS = 100
+LOGITS = 1 << 28  # of a forward pass, at most: a gigabyte. Training never has a batch's whole.
 
 
 class TaskScores:
@@ -46,6 +47,7 @@ class TaskScores:
                 self._tokenizer,
                 self._groups,
                 self._tasks,
+                batch_size=self._batch_size(model),
                 bootstrap_iterations=BOOTSTRAP_ITERATIONS,
                 together=True,
             )
@@ -58,3 +60,9 @@ class TaskScores:
         finally:
             random.setstate(state)
         return metrics(results)
+
+    def _batch_size(self, model: InferenceModel) -> int:
+        """A micro-batch, or as much of one as there will surely be memory for."""
+        config = self._config
+        rows = LOGITS // (config.seq_length * model.padded_vocab_size)
+        return max(1, min(rows, config.train_micro_batch_size_per_gpu))
