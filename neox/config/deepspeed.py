@@ -130,8 +130,8 @@ def to_deepspeed(config: NeoXConfig) -> dict[str, Any]:
 
     It holds what acts and nothing else: no optimizer and no scheduler (the engine is given torch's
     and the rate is set before every step), no monitors. Clipping is always written, because
-    DeepSpeed's default changed between versions. In 16 bit, ZeRO 0 becomes 1, the same arithmetic in
-    less memory: at stage 0 DeepSpeed takes an empty first step.
+    DeepSpeed's default changed between versions. In 16 bit, ZeRO 0 becomes 1, the same arithmetic
+    in less memory: at stage 0 DeepSpeed takes an empty first step.
     """
     result: dict[str, Any] = {
         "train_batch_size": config.train_batch_size,
@@ -147,7 +147,8 @@ def to_deepspeed(config: NeoXConfig) -> dict[str, Any]:
     zero = _acting(config.zero_optimization, ZeroOptimization)
     result["zero_optimization"] = zero | {"stage": config.engine_zero_stage}
     if config.zero_stage < 3:
-        for name in [name for name in zero if name.startswith("stage3_") or name == "offload_param"]:
+        of_stage_3 = {name for name in zero if name.startswith("stage3_")} | {"offload_param"}
+        for name in of_stage_3 & zero.keys():
             del result["zero_optimization"][name]
     if config.pipe_parallel_size > 0:
         # The pipeline engine reduces once, after the last micro-batch: there is nothing to overlap

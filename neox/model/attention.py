@@ -38,8 +38,6 @@ class Attention(nn.Module):
         groups: ProcessGroups,
         rotary: RotaryTable | None,
         streams: DropoutStreams | None,
-        *,
-        reduce_input_grad: bool,
     ) -> None:
         super().__init__()
         self.heads = config.num_attention_heads // groups.tp
@@ -58,7 +56,6 @@ class Attention(nn.Module):
             bias,
             dtype,
             groups,
-            reduce_input_grad=reduce_input_grad,
         )
         self.dense = row_linear(q_size, config.hidden_size, bias, dtype, groups)
 

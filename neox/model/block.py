@@ -50,10 +50,10 @@ class TransformerLayer(nn.Module):
         self.parallel_residual = config.gpt_j_residual
         self.dropout = config.hidden_dropout
         self.input_layernorm = build_norm(config, dtype)
-        self.attention = Attention(config, dtype, groups, rotary, streams, reduce_input_grad=False)
+        self.attention = Attention(config, dtype, groups, rotary, streams)
         # GPT-NeoX-20B has two norms although both see the same input; gpt_j_tied shares the first.
         self.post_attention_layernorm = None if config.shares_norm else build_norm(config, dtype)
-        self.mlp = MLP(config, dtype, groups, reduce_input_grad=False)
+        self.mlp = MLP(config, dtype, groups)
 
     def forward(self, x_SBH: Tensor, cache: LayerCache | None = None) -> Tensor:
         second_norm = self.post_attention_layernorm or self.input_layernorm

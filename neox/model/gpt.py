@@ -124,7 +124,7 @@ def _project(
 ) -> Tensor:
     """Logits by the weight of `owner`, or the mean loss: neox.model.loss.output_loss."""
     weight_VH = owner.get_parameter("weight")
-    (x_BSH,) = copy_to_tensor_parallel((x_BSH,), groups)
+    x_BSH = copy_to_tensor_parallel(x_BSH, groups)
     if labels_BS is None or loss_mask_BS is None:
         return F.linear(x_BSH, weight_VH)
     return output_loss(x_BSH, weight_VH, labels_BS, loss_mask_BS, groups)

@@ -34,8 +34,6 @@ class MLP(nn.Module):
         config: ModelConfig,
         dtype: torch.dtype,
         groups: ProcessGroups,
-        *,
-        reduce_input_grad: bool,
     ) -> None:
         super().__init__()
         self.gated = config.is_gated
@@ -51,7 +49,6 @@ class MLP(nn.Module):
             bias,
             dtype,
             groups,
-            reduce_input_grad=reduce_input_grad,
         )
         self.linear2 = row_linear(ffn, hidden, bias, dtype, groups)
 

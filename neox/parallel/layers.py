@@ -32,22 +32,18 @@ def column_linear(
     bias: bool,
     dtype: torch.dtype,
     groups: ProcessGroups,
-    *,
-    reduce_input_grad: bool = True,
 ) -> nn.Module:
     """[..., in_size] -> [..., out_size / tp].
 
-    With reduce_input_grad=False the gradient of the input is this rank's summand only, and the
-    caller reduces it (`copy_to_tensor_parallel`).
+    At tp > 1 the gradient of the input is this rank's summand only: the caller reduces it
+    (`copy_to_tensor_parallel`, neox.parallel.region).
     """
     if groups.tp == 1:
         return Linear(in_size, out_size, bias, dtype=dtype)
     from neox.parallel import megatron
 
     assert groups.tp_group is not None
-    return megatron.column_parallel_linear(
-        in_size, out_size, bias, dtype, groups.tp_group, reduce_input_grad
-    )
+    return megatron.column_parallel_linear(in_size, out_size, bias, dtype, groups.tp_group)
 
 
 def row_linear(
@@ -93,31 +89,20 @@ def gather_from_tensor_parallel(x: Tensor, groups: ProcessGroups) -> Tensor:
     return torch.cat(shards, dim=-1)
 
 
-def copy_to_tensor_parallel(
-    tensors: tuple[Tensor, ...], groups: ProcessGroups
-) -> tuple[Tensor, ...]:
-    """The same tensors; their gradients are summed over the ranks in ONE all-reduce.
-
-    A parallel-residual block feeds its input through two norms into two column-parallel layers.
-    Summing the gradient of each layer's input would cost two all-reduces; summing once before the
-    norms leaves the norms' own gradients as summands too. So the block's input and its norms'
-    parameters pass through here together, and its row-parallel biases: S*B*H + 6H numbers in one
-    message.
-    """
-    if groups.tp == 1:
-        return tensors
-    return _CopyToTensorParallel.apply(groups.tp_group, *tensors)
+def copy_to_tensor_parallel(x: Tensor, groups: ProcessGroups) -> Tensor:
+    """The same tensor; its gradient is summed over the ranks. One all-reduce backward."""
+    return x if groups.tp == 1 else _CopyToTensorParallel.apply(groups.tp_group, x)
 
 
 class _CopyToTensorParallel(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, group: dist.ProcessGroup, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, group: dist.ProcessGroup, x: Tensor) -> Tensor:
         ctx.group = group
-        return tuple(tensor.view_as(tensor) for tensor in tensors)
+        return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        flat = torch.cat([grad.reshape(-1) for grad in grads])
-        dist.all_reduce(flat, group=ctx.group)
-        pieces = flat.split([grad.numel() for grad in grads])
-        return (None, *(piece.view_as(grad) for piece, grad in zip(pieces, grads, strict=True)))
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor]:
+        # Of its own: another function may hold the gradient that came.
+        grad = grads[0].clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(grad, group=ctx.group)
+        return None, grad

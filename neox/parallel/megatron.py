@@ -78,7 +78,6 @@ def column_parallel_linear(
     bias: bool,
     dtype: torch.dtype,
     group: dist.ProcessGroup,
-    reduce_input_grad: bool,
 ) -> ColumnParallelLinear:
     return ColumnParallelLinear(
         in_size,
@@ -86,7 +85,7 @@ def column_parallel_linear(
         config=_config(dtype),
         init_method=_no_init,
         bias=bias,
-        disable_grad_reduce=not reduce_input_grad,
+        disable_grad_reduce=True,
         tp_group=group,
     )
 
