@@ -79,4 +79,4 @@ def has_plain_state(folder: Path) -> bool:
     """
     path = model_file(folder, 0)
     optimizer = load_model_file(path).get("optimizer") if path.is_file() else None
-    return isinstance(optimizer, dict) and "param_groups" in optimizer
+    return isinstance(optimizer, dict) and "state" in optimizer
