@@ -15,6 +15,7 @@ from neox.atomic import write_text
 from neox.errors import DamageError
 
 MANIFEST = "manifest.json"
+FORWARD_PASS = "forward_pass.json"  # for checkpoint_validation_with_forward_pass
 HAS_MANIFEST = "has_manifest"  # a key of the mp_rank files that were written with one
 _FORMAT = 1
 _CHUNK = 1 << 22  # bytes read at a time

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from neox import log
-from neox.checkpoint.directory import check_writable, write_checkpoint
+from neox.checkpoint.directory import check_writable, write_checkpoint, write_file
 from neox.checkpoint.files import save_file
 from neox.checkpoint.lock import saving_alone
-from neox.checkpoint.manifest import Entry
+from neox.checkpoint.manifest import FORWARD_PASS, Entry
 from neox.checkpoint.neox import Checkpoint, step_folder
 from neox.checkpoint.optimizer_files import has_plain_state
 from neox.checkpoint.run_state import save_run_state
@@ -111,6 +111,9 @@ def reshard(
                         path,
                     )
                     bar.update()
+        forward_pass = checkpoint.folder / FORWARD_PASS
+        if forward_pass.is_file():
+            written[FORWARD_PASS] = write_file(folder / FORWARD_PASS, forward_pass.read_bytes())
         return written | save_run_state(folder, checkpoint.iteration, config.tp, run_state)
 
     with saving_alone(directory, _SINGLE):  # a run's unfinished save is its own

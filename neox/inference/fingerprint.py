@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from neox import log
+from neox.checkpoint.manifest import FORWARD_PASS
 from neox.errors import CheckpointError
 from neox.inference.stages import InferenceModel
 from neox.parallel.rng import derive_seed
 
-FILE = "forward_pass.json"
 ROWS, POSITIONS = 2, 128  # at most: neither the pass nor its logits shall be noticed
 # Of the losses' root mean square difference, in nats per token, where the same arithmetic is done
 # in another order (docs/numerics.md).
@@ -45,7 +45,7 @@ def verify(model: InferenceModel, folder: Path) -> None:
     """
     what = "checkpoint_validation_with_forward_pass"
     groups = model.groups
-    saved = _read(folder / FILE)
+    saved = _read(folder / FORWARD_PASS)
     if saved is None:
         log.warning(f"{what}: {folder} was saved without a forward pass, so none is compared")
         return

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import torch
 
+from neox.checkpoint.manifest import FORWARD_PASS
 from neox.config import NeoXConfig
 from neox.data.loaders import Batch, Loaders
 from neox.engine.base import Engine
-from neox.inference.fingerprint import FILE, take, verify
+from neox.inference.fingerprint import take, verify
 from neox.inference.stages import InferenceModel
 from neox.model.gpt import torch_dtype
 from neox.parallel.groups import ProcessGroups
@@ -70,7 +71,7 @@ class Evaluations:
         if not self.config.checkpoint_validation_with_forward_pass:
             return {}
         with self._model() as model:
-            return {FILE: take(model, self.tokenizer.vocab_size).encode()}
+            return {FORWARD_PASS: take(model, self.tokenizer.vocab_size).encode()}
 
     def check_fingerprint(self, folder: Path) -> None:
         """Compare the weights that came from `folder`, if asked for. Raises CheckpointError."""

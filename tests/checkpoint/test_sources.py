@@ -45,7 +45,7 @@ def write(folder: Path, values: dict[str, Any], tp: int = 1, prefix: str = "sequ
         state = {
             "module": module,
             "iteration": 20,
-            "optimizer": {"state": {0: {"step": 20, "exp_avg": torch.ones(3)}}},
+            "optimizer": {"state": {0: {"step": 20}}, "param_groups": [{"params": [0]}]},
             "args": {"num_layers": 2},
             "random_rng_state": random.getstate(),
             "np_rng_state": np.random.RandomState(1).get_state(),

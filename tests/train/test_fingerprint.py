@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from neox.checkpoint.files import save_file
-from neox.checkpoint.manifest import Manifest
+from neox.checkpoint.manifest import FORWARD_PASS, Manifest
+from neox.checkpoint.neox import Checkpoint
+from neox.checkpoint.reshard import reshard
 from neox.errors import CheckpointError
-from neox.inference.fingerprint import FILE
 from neox.inference.load import load_model
 from neox.parallel.groups import ProcessGroups
 from neox.parallel.topology import Topology
@@ -30,7 +31,7 @@ SEQUENTIAL = {"pipe_parallel_size": 0}
 
 
 def saved(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "run/global_step2" / FILE).read_text())
+    return json.loads((folder / "run/global_step2" / FORWARD_PASS).read_text())
 
 
 def run(world: World, folder: Path, grid: Topology, **values: Any) -> str:
@@ -74,6 +75,16 @@ def test_another_grid_computes_nearly_the_same(world: World, folder: Path) -> No
     assert "saved in float32 and the model is in bfloat16, so no forward pass" in said
 
 
+def test_another_number_of_shards_keeps_it(world: World, folder: Path, capsys: Any) -> None:
+    run(world, folder, Topology(tp=2))
+    config = settings(folder, "run", Topology(), CHECKED)
+    reshard(Checkpoint.open(folder / "run"), folder / "whole", config, 280)
+    load_model(dataclasses.replace(config, load=str(folder / "whole")), ProcessGroups.single())
+    assert (
+        "whole/global_step2 computes what it did when it was saved, to" in capsys.readouterr().out
+    )
+
+
 def test_another_function_is_refused(world: World, folder: Path) -> None:
     """One that no checksum tells, since the file is what was written."""
     grid = Topology(tp=2)
@@ -101,6 +112,6 @@ def test_another_function_is_refused(world: World, folder: Path) -> None:
 
 def test_a_checkpoint_without_one_is_used_with_a_warning(world: World, folder: Path) -> None:
     run(world, folder, Topology(), **UNCHECKED)
-    assert not (folder / "run/global_step2" / FILE).exists()
+    assert not (folder / "run/global_step2" / FORWARD_PASS).exists()
     said = run(world, folder, Topology(), exit_interval=3)
     assert said.startswith("warning: ") and "without a forward pass, so none is compared" in said
