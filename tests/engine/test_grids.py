@@ -23,6 +23,7 @@ from neox.engine.build import build_engine
 from neox.engine.deepspeed import DeepSpeedEngine
 from neox.engine.saved_state import in_memory
 from neox.errors import ConfigError
+from neox.inference.stages import InferenceModel
 from neox.model.layout import LayerLayout
 from neox.model.shard import shard
 from neox.parallel.groups import ProcessGroups, initialize
@@ -334,3 +335,24 @@ def test_dropout_is_the_same_however_activations_are_kept(
     assert both.losses == split.losses == pytest.approx(kept.losses, abs=1e-5)
     for name, gradient in kept.gradients.items():
         close(split.gradients[name], gradient, 1e-6, f"split {name}")
+
+
+def lent_logits(rank: int, values: Values) -> Tensor:
+    """Of 5 tokens, which don't divide by 2, between two steps of training."""
+    groups = initialize(Topology(tp=2), "gloo", torch.device("cpu"))
+    settings = {"world_size": 2, "model_parallel_size": 2} | NO_PIPELINE | values
+    config = config_of(**settings, train_micro_batch_size_per_gpu=4, optimizer=OPTIMIZER)
+    engine = build_engine(config, groups, VOCAB)
+    source = batches(config, groups)
+    engine.train_batch(source, 1, 0.01)
+    with engine.lend() as local:
+        model = InferenceModel(config, groups, local, VOCAB, torch.float32)
+        logits = model(tokens(batch=2, length=5))
+    engine.train_batch(source, 2, 0.01)
+    assert logits is not None
+    return logits
+
+
+def test_a_model_that_splits_sequences_is_lent_whole(world: World) -> None:
+    whole, split = (world.run(2, lent_logits, values)[1] for values in ({}, SPLIT))
+    close(split, whole, 1e-5, "logits")
