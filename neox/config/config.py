@@ -83,7 +83,7 @@ class NeoXConfig(
 
     def origin(self, name: str) -> str:
         """Where a value comes from: "pythia.yml:12", "--set", "derived", "fitted" (to the devices
-        that are there) or "default".
+        that are there), "checkpoint" (a schedule that is followed) or "default".
 
         `name` may be dotted for a value inside a block: "optimizer.params.lr".
         """
