@@ -77,7 +77,7 @@ STEPS = [
     Step(
         "evaluating",
         "Evaluate on 40 documents like LAMBADA's and 40 like PIQA's",
-        f"{EVALUATE} --eval_results_prefix demo/lambada_piqa",
+        f"{EVALUATE} --eval_tasks lambada piqa --eval_results_prefix demo/lambada_piqa",
     ),
     Step("plotting", "Draw the loss", ".venv/bin/python tools/plot.py demo/logs -o demo/loss.png"),
 ]
