@@ -96,7 +96,7 @@ def make(options: argparse.Namespace, recipe: Callable[[], Recipe]) -> None:
     try:
         chosen = recipe()
         done = preprocess(
-            options.input.split(","),
+            [name for name in options.input.split(",") if name],
             options.output_prefix,
             chosen,
             workers=options.workers,

@@ -50,9 +50,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
             parser.error(f"--{flag.replace('_', '-')}: {NO_REWARDS} what it writes")
     if options.no_mask and options.only_last:
         parser.error("--only-last says what is masked, and --no-mask that nothing is")
-    for key in options.jsonl_keys:
-        if f"{key}_label" in options.jsonl_keys:
-            parser.error(f"--jsonl-keys {key}_label: the labels of {key} take that name")
 
     def recipe() -> Recipe:
         log.quiet_third_parties()

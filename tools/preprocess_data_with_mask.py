@@ -39,8 +39,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     add_output(parser)
     options = parser.parse_args(arguments)
-    if "label" in options.jsonl_keys:
-        parser.error("--jsonl-keys label: the labels are made here and take that name")
 
     def recipe() -> Recipe:
         tokenizer = load_tokenizer(options.tokenizer_type, options.vocab_file, options.merge_file)

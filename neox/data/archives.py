@@ -56,6 +56,7 @@ def walk(name: str, stream: IO[bytes]) -> Iterator[tuple[str, IO[bytes]]]:
                         contents = archive.extractfile(member)
                         assert contents is not None
                         yield from walk(f"{name}/{member.name}", contents)
+                    archive.members.clear()  # or it would remember millions of them
         elif kind.endswith(".zip"):
             yield from _walk_zip(name, inside)
         else:

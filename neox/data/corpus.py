@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -93,6 +94,8 @@ def _parse(where: str, line: bytes) -> dict[str, Any] | str:
         raise DataError(f"{where}, column {error.colno}: not JSON ({error.msg})") from None
     except UnicodeDecodeError as error:
         raise DataError(f"{where}: not UTF-8 text ({error})") from None
+    except ValueError as error:  # a number of thousands of digits
+        raise DataError(f"{where}: not JSON that Python reads ({error})") from None
     except RecursionError:
         raise DataError(f"{where}: brackets too many levels deep") from None
     if not isinstance(value, dict | str):
@@ -107,6 +110,8 @@ def find_files(inputs: Sequence[str | Path]) -> list[Path]:
     DataError when an input does not exist, is of an unknown kind, or is a folder without any.
     """
     files: list[Path] = []
+    if not inputs:
+        raise DataError("--input names no file")
     for path in map(Path, inputs):
         if not path.exists():
             raise DataError(f"input {path} does not exist")
@@ -201,13 +206,14 @@ class _Reader:
 
 def _is_array(name: str, first_line: bytes) -> bool:
     """Whether a .json file is one array of documents, as lm_dataformat writes it, and not lines."""
-    return contents_name(name).endswith(".json") and first_line.lstrip().startswith(b"[")
+    start = first_line.removeprefix(codecs.BOM_UTF8).lstrip()
+    return contents_name(name).endswith(".json") and start.startswith(b"[")
 
 
 def _elements(name: str, text: bytes) -> list[bytes]:
     try:
         elements = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{name}: not a JSON array ({error})") from None
     return [json.dumps(element).encode() for element in elements]
 
@@ -217,7 +223,10 @@ def _lengths_and_texts(stream: IO[bytes]) -> Iterator[bytes]:
     while digits := stream.read(16):
         if len(digits) < 16 or not digits.isdigit():
             raise EOFError(f"a length of 16 digits was expected, not {digits!r}")
-        text = stream.read(int(digits))
+        try:
+            text = stream.read(int(digits))
+        except MemoryError:
+            raise EOFError(f"a text of {int(digits)} bytes does not fit into memory") from None
         if len(text) < int(digits):
             raise EOFError(f"{int(digits)} bytes were expected, {len(text)} are left")
         yield text

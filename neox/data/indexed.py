@@ -13,9 +13,11 @@ import fcntl
 import glob
 import hashlib
 import struct
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
+from typing import BinaryIO
 
 import numpy as np
 
@@ -175,10 +177,7 @@ class IndexedWriter:
         self._files = ExitStack()
 
     def __enter__(self) -> IndexedWriter:
-        _remove_abandoned(bin_path(self._prefix))
-        self._bin = self._files.enter_context(replacing(bin_path(self._prefix)))
-        with suppress(OSError):  # a file system without locks
-            fcntl.flock(self._bin, fcntl.LOCK_EX)
+        self._bin = self._files.enter_context(_replacing(bin_path(self._prefix)))
         return self
 
     def add(self, ids: np.ndarray, lengths: np.ndarray) -> None:
@@ -213,19 +212,24 @@ class IndexedWriter:
         offsets = np.zeros(len(lengths) + 1, dtype=np.int64)
         np.cumsum(lengths, out=offsets[1:])
         offsets *= self.dtype.itemsize
-        with replacing(idx_path(self._prefix)) as file:
+        with _replacing(idx_path(self._prefix)) as file:
             file.write(_HEADER.pack(_MAGIC, 1, _CODES[self.dtype], len(lengths), len(lengths) + 1))
             file.write(lengths.data)
             file.write(offsets[:-1].data)
             file.write(np.arange(len(lengths) + 1, dtype=np.int64).data)
 
 
-def _remove_abandoned(path: Path) -> None:
-    """Remove the parts of `path` that killed processes left; those that live hold a lock."""
+@contextmanager
+def _replacing(path: Path) -> Iterator[BinaryIO]:
+    """`replacing`, and killed processes' parts are removed; those of the living hold a lock."""
     for part in path.parent.glob(f".{glob.escape(path.name)}.*"):
-        with suppress(OSError), open(part, "rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with suppress(OSError), open(part, "rb") as abandoned:
+            fcntl.flock(abandoned, fcntl.LOCK_EX | fcntl.LOCK_NB)
             part.unlink()
+    with replacing(path) as file:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield file
 
 
 def token_dtype(vocab_size: int) -> np.dtype:

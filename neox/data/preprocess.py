@@ -87,8 +87,29 @@ def preprocess(
     if workers < 1:
         raise DataError(f"--workers {workers}: one process at least is needed")
     files = find_files(inputs)
-    input_bytes = sum(file.stat().st_size for file in files)
     prefixes = [f"{output_prefix}_{name}_document" for name in recipe.names]
+    if len(set(prefixes)) < len(prefixes):
+        raise DataError(
+            f"--jsonl-keys: two datasets would take the same name ({', '.join(recipe.names)}); "
+            "labels are named after their key"
+        )
+    try:
+        counts = _write(files, prefixes, recipe, workers, num_docs, log_interval)
+    except OSError as error:
+        raise DataError(f"cannot write {output_prefix}: {error.strerror or error}") from None
+    return Summary(*counts, time.monotonic() - started)
+
+
+def _write(
+    files: Sequence[Path],
+    prefixes: Sequence[str],
+    recipe: Recipe,
+    workers: int,
+    num_docs: int | None,
+    log_interval: int,
+) -> tuple[int, int, int]:
+    """(documents, tokens, labels that are masked)."""
+    input_bytes = sum(file.stat().st_size for file in files)
     documents = tokens = masked = 0
     texts = len(prefixes) - recipe.labels
     with ExitStack() as stack:
@@ -114,7 +135,7 @@ def preprocess(
             raise DataError(f"there is no text in {', '.join(map(str, files))}")
         for prefix in prefixes:  # an old dataset must not stand beside new labels of another one
             idx_path(prefix).unlink(missing_ok=True)
-    return Summary(documents, tokens, masked, time.monotonic() - started)
+    return documents, tokens, masked
 
 
 def _encode_all(encoder: _Encoder, chunks: Iterator[Chunk], workers: int) -> Generator[_Encoded]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bz2
+import gc
 import gzip
 import io
 import json
@@ -81,6 +82,8 @@ BOTH = ["naïve", "two\nlines"]
         # lm_dataformat's own
         ("a.json.zst", zstd.compress(json.dumps(BOTH).encode())),
         ("a.json", json.dumps([{"text": text} for text in BOTH], indent=1).encode()),
+        ("a.json", b"\xef\xbb\xbf" + json.dumps(BOTH).encode()),
+        ("a.jsonl", b"\xef\xbb\xbf" + jsonl(*BOTH).replace(b"\n", b"\r\n")),
         ("a.dat.zst", zstd.compress(dat(*BOTH))),
         (
             "a.jsonl.zst.tar",
@@ -172,6 +175,9 @@ MANY = jsonl(*(f"{n} {hash(str(n))}" for n in range(60_000)))
         ("a.json", b'[{"text": "a"},', r"a\.json: not a JSON array"),
         ("a.jsonl", b'["a"]', r"a\.jsonl:1: a JSON object is needed, this is a list"),
         ("a.jsonl", b"[" * 100_000, r"a\.jsonl:1"),
+        ("a.json", b"[" * 100_000, r"a\.json: not a JSON array"),
+        ("a.jsonl", b'{"n": ' + b"9" * 5000 + b"}", r"a\.jsonl:1: not JSON that Python reads"),
+        ("a.dat", b"9" * 16 + b"x", r"a\.dat is damaged .* does not fit into memory"),
         ("a.csv", b"a,b", r"the name must end in \.jsonl"),
     ],
 )
@@ -179,6 +185,12 @@ def test_damage_is_named(tmp_path: Path, name: str, content: bytes, message: str
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=message):
         texts_of(tmp_path / name)
+
+
+def test_files_of_an_archive_are_not_remembered(tmp_path: Path) -> None:
+    (tmp_path / "a.tar").write_bytes(tar({f"{n}.jsonl": jsonl("a") for n in range(100)}))
+    for _ in read_chunks([tmp_path / "a.tar"]):
+        assert sum(isinstance(thing, tarfile.TarInfo) for thing in gc.get_objects()) < 10
 
 
 def test_links_and_devices_in_archives_are_passed_over(tmp_path: Path) -> None:

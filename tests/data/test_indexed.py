@@ -52,6 +52,14 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
         assert indexed.get(n).tolist() == document.tolist()
 
 
+def test_what_killed_processes_left_is_removed(tmp_path: Path) -> None:
+    left = [tmp_path / f".out.{ending}.x1y2" for ending in ("bin", "idx")]
+    for path in left:
+        path.write_bytes(b"part")
+    write_dataset(tmp_path / "out", [1])
+    assert not any(path.exists() for path in left)
+
+
 def test_an_error_while_writing_leaves_the_old_files(tmp_path: Path) -> None:
     write_dataset(tmp_path / "data", [3, 4])
     before = sorted((file.name, file.read_bytes()) for file in tmp_path.iterdir())

@@ -18,6 +18,8 @@ from neox.data.recipes import TextRecipe
 from neox.errors import DataError
 from neox.tokenizer import load_tokenizer
 from tests import small_tokenizer
+from tests.small_disk import small_disk, small_files
+from tools import preprocess_data
 
 TEXTS = ["It was the best of times,", "naïve 東京 🙂", "  \n", "a\u2028b\x85c", "worst " * 400, "x"]
 ROOT = Path(__file__).parents[2]
@@ -220,6 +222,38 @@ def test_input_without_text_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"there is no text in .*in\.jsonl, .*in\.txt"):
         run([tmp_path / "in.jsonl", tmp_path / "in.txt"], tmp_path)
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_disk_that_is_full_is_an_error_and_leaves_nothing(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "in.jsonl", ["x" * 100] * 1000)
+    with small_disk(tmp_path / "disk", 1 << 16) as mounted:
+        with (
+            small_files(None if mounted else 1 << 16),
+            pytest.raises(DataError, match=r"cannot write .*disk/out: "),
+        ):
+            run([path], tmp_path / "disk")
+        assert list((tmp_path / "disk").iterdir()) == []
+
+
+def test_datasets_of_one_name_are_refused(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "in.jsonl")
+    for keys in (("text", "text"), ("text", "text_label")):
+        with pytest.raises(DataError, match="two datasets would take the same name"):
+            run([path], tmp_path, keys=keys, mask_before=[58])
+
+
+def test_a_comma_too_many_names_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_jsonl(tmp_path / "in.jsonl", ["a"])
+    write_jsonl(tmp_path / "other.jsonl", ["b"])
+    flags = ["--output-prefix", "out", "--tokenizer-type", "CharLevelTokenizer", "--input"]
+    preprocess_data.main([*flags, "in.jsonl,"])
+    assert texts_of(tmp_path) == ["a"]
+    with pytest.raises(SystemExit):
+        preprocess_data.main([*flags, ""])
+    assert "--input names no file" in capsys.readouterr().err
 
 
 def test_a_document_of_many_megabytes(tmp_path: Path) -> None:
