@@ -12,6 +12,7 @@ import array
 import fcntl
 import glob
 import hashlib
+import resource
 import struct
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -148,6 +149,13 @@ def fingerprint(prefix: str | Path) -> str:
             file.seek(max(0, size - _BLOCK_SIZE))
             digest.update(file.read(_BLOCK_SIZE))
     return digest.hexdigest()
+
+
+def allow_many_files() -> int:
+    """Raise the limit on open files, two of each dataset, to what this process may have."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return hard
 
 
 def warm_up(prefix: str | Path) -> None:

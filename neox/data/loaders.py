@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import errno
-import resource
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,7 +24,7 @@ from neox.config import NeoXConfig
 from neox.data.blend import open_blend, weights_of_counts
 from neox.data.cache import is_first_of_machine
 from neox.data.documents import Documents, open_documents
-from neox.data.indexed import warm_up
+from neox.data.indexed import allow_many_files, warm_up
 from neox.data.order import split_documents
 from neox.data.samples import Origin, Samples, open_samples
 from neox.errors import DataError
@@ -258,8 +257,7 @@ def _read_all(
     chosen: list[tuple[str, str | None, float]], config: NeoXConfig, vocab_size: int | None
 ) -> list[Documents]:
     """Datasets stay open, two files each and two more of their order, so there may be thousands."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    hard = allow_many_files()
     try:
         return [_read(path, label, config, vocab_size) for path, label, _ in chosen]
     except OSError as error:

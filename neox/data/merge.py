@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -11,7 +12,14 @@ import numpy as np
 
 from neox import log
 from neox.data.documents import check_parallel
-from neox.data.indexed import IndexedDataset, IndexedWriter, bin_path, idx_path, open_indexed
+from neox.data.indexed import (
+    IndexedDataset,
+    IndexedWriter,
+    allow_many_files,
+    bin_path,
+    idx_path,
+    open_indexed,
+)
 from neox.errors import DataError
 
 _CHUNK = 1 << 22  # tokens
@@ -49,7 +57,7 @@ def merge(inputs: Sequence[str], output: str) -> Merged:
     for written in filter(None, (output, output_labels)):
         if any(_same(written, prefix) for prefix in (*prefixes, *filter(None, labels))):
             raise DataError(f"{written} is one of the datasets to merge; write to another prefix")
-        Path(written).parent.mkdir(parents=True, exist_ok=True)
+    allow_many_files()
     texts = [open_indexed(prefix) for prefix in prefixes]
     opened = [open_indexed(label) for label in labels if label]
     for text, label in zip(texts, opened, strict=False):
@@ -72,7 +80,7 @@ def merge(inputs: Sequence[str], output: str) -> Merged:
 
 
 def _prefixes(path: str) -> list[str]:
-    if not Path(path).is_dir():
+    if not os.path.isdir(path):  # "" is none, unlike Path("")
         for ending in (".bin", ".idx"):
             if path.endswith(ending) and Path(path).is_file():
                 return [path.removesuffix(ending)]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import resource
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -274,6 +276,7 @@ def test_what_cannot_be_merged(run: Run, tmp_path: Path) -> None:
         ("a", "c"): "a has no labels beside it (such as a_label), but c_label is there",
         ("d",): "document 1 has 5 labels in d_label, but 4 tokens in d",
         ("a", "absent"): "there is no dataset absent: absent.idx is missing",
+        ("",): "there is no dataset",
         ("empty",): "there is no dataset in the folder empty",
         ("half",): "half/e.idx is missing: the dataset half/e is not whole",
     }
@@ -285,6 +288,28 @@ def test_what_cannot_be_merged(run: Run, tmp_path: Path) -> None:
     assert status == 2
     assert "b is one of the datasets to merge" in err
     assert sorted(file.name for file in tmp_path.iterdir()) == before
+
+
+def test_merge_into_a_folder_that_cannot_be(run: Run, tmp_path: Path) -> None:
+    write_dataset(tmp_path / "a", [3, 4])
+    (tmp_path / "file").touch()
+    status, _, err = run("merge", "--input", "a", "--output-prefix", "file/out")
+    assert status == 2
+    assert "cannot write file/out: " in err
+
+
+def test_merge_of_more_datasets_than_are_open_at_first(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for n in range(40):
+        write_dataset(tmp_path / "in" / f"{n:02}", [n + 1])
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 50, hard))
+    try:
+        status, out, _ = run("merge", "--input", "in", "--output-prefix", "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert status == 0
+    assert "40 documents, 820 tokens" in out
 
 
 def test_a_merge_that_fails_leaves_the_old_files(run: Run, tmp_path: Path, monkeypatch) -> None:
