@@ -18,6 +18,12 @@ from neox.parallel.groups import ProcessGroups
 # Logits held at a time. Fewer would make the products with the projection's weight less efficient.
 CHUNK_BYTES = 256 << 20
 
+# A probability divided by the number of tokens is below what float16 can tell from zero, and the
+# engine's loss scale is known in the backward pass only. So until then gradients are those of the
+# sum over the tokens, or, where there are more, of this many times the mean: the projection's,
+# itself a sum over them, then stays below this times the largest activation.
+_LARGEST_SCALE = 4096.0
+
 
 def output_loss(
     x_BSH: Tensor,
@@ -34,9 +40,11 @@ def output_loss(
     rank's summand: the caller sums it. Collective over the tp group.
     """
     mask = loss_mask_BS.flatten().float()
-    shares = mask / mask.sum().clamp(min=1.0)  # of each token in the mean
+    count = mask.sum().clamp(min=1.0)
+    shares = mask / count  # of each token in the mean
+    scale = count.clamp(max=_LARGEST_SCALE) if torch.is_grad_enabled() else None
     return _OutputLoss.apply(
-        x_BSH.flatten(0, 1), weight_VH, labels_BS.flatten(), shares, groups, torch.is_grad_enabled()
+        x_BSH.flatten(0, 1), weight_VH, labels_BS.flatten(), shares, groups, scale
     )
 
 
@@ -56,13 +64,13 @@ class _OutputLoss(torch.autograd.Function):
         labels_T: Tensor,
         shares_T: Tensor,
         groups: ProcessGroups,
-        with_grad: bool,
+        grad_scale: Tensor | None,
     ) -> Tensor:
         loss = shares_T.new_zeros(())
         pieces = chunks(len(x_TH), len(weight_VH))
         size = -(-len(x_TH) // pieces)
         grad_x, grad_weight = None, None
-        if with_grad:
+        if grad_scale is not None:
             grad_x = torch.empty_like(x_TH)
             # Sums over the chunks keep float32 where the weights are of 16 bits.
             grad_weight = torch.empty_like(weight_VH, dtype=torch.float32)
@@ -73,25 +81,28 @@ class _OutputLoss(torch.autograd.Function):
             logits = torch.mm(x, weight_VH.t()).float()
             losses, scale = _softmax_parts(logits, labels, groups)
             loss += torch.dot(losses, shares)
-            if grad_x is None or grad_weight is None:
+            if grad_scale is None or grad_x is None or grad_weight is None:
                 continue
-            grad_logits = logits.mul_(scale[:, None] * shares[:, None])
-            _subtract_targets(grad_logits, labels, shares)
+            scaled = shares * grad_scale
+            grad_logits = logits.mul_(scale[:, None] * scaled[:, None])
+            _subtract_targets(grad_logits, labels, scaled)
             grad_logits = grad_logits.to(weight_VH.dtype)
             torch.mm(grad_logits, weight_VH, out=grad_x[part])
             _add_product(grad_weight, grad_logits, x, first=start == 0)
             del logits, grad_logits
-        ctx.grads = (grad_x, grad_weight)
+        ctx.grads = (grad_x, grad_weight, grad_scale)
         ctx.weight_dtype = weight_VH.dtype
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        (grad_x, grad_weight), ctx.grads = ctx.grads, None  # the only references: none is copied
+        # The only references: none is copied.
+        (grad_x, grad_weight, grad_scale), ctx.grads = ctx.grads, None
         assert grad_x is not None, "the loss was computed without gradients"
+        factor = grad_loss / grad_scale
         return (
-            grad_x.mul_(grad_loss),
-            grad_weight.mul_(grad_loss).to(ctx.weight_dtype),
+            grad_x.mul_(factor),
+            grad_weight.mul_(factor).to(ctx.weight_dtype),
             *[None] * 4,
         )
 
