@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from neox.config import ModelConfig
+from neox.model.cpu_attention import LONGEST, causal_attention
 from neox.model.positions import RotaryTable, rotate_
 from neox.parallel.groups import ProcessGroups
 from neox.parallel.layers import column_linear, row_linear
@@ -87,6 +88,9 @@ class Attention(nn.Module):
         S, T = q_BNSD.shape[2], k_BKTD.shape[2]
         mask = self._mask(start, S, T, q_BNSD.device)
         dropout = self.dropout if self.training else 0.0
+        plain = mask is None and not dropout and self.heads == self.kv_heads
+        if plain and self._trains_on_cpu(q_BNSD) and S <= LONGEST:
+            return causal_attention(q_BNSD, k_BKTD, v_BKTD)
 
         def attend() -> Tensor:
             return F.scaled_dot_product_attention(
@@ -103,6 +107,12 @@ class Attention(nn.Module):
             with self.streams.local():
                 return attend()
         return attend()
+
+    @staticmethod
+    def _trains_on_cpu(q_BNSD: Tensor) -> bool:
+        return (
+            q_BNSD.requires_grad and q_BNSD.device.type == "cpu" and q_BNSD.dtype == torch.float32
+        )
 
     def _mask(self, start: int, S: int, T: int, device: torch.device) -> Tensor | None:
         """[S, T] of allowed pairs, or None where plain causality says it all.
