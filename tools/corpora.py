@@ -71,6 +71,8 @@ def _corpus(where: str, name: str, entry: Any) -> Corpus:
     if sha256 is not None and ("shards" in entry or not re.fullmatch(r"[0-9a-f]{64}", str(sha256))):
         raise DataError(f"{where}: sha256 is 64 of 0-9a-f, and only of a corpus without shards")
     urls = entry["urls"]
+    if not isinstance(urls, str | list):
+        raise DataError(f"{where}: urls is {urls!r}, an address or a list of them is needed")
     urls = tuple(map(str, [urls] if isinstance(urls, str) else urls))
     folder = str(entry.get("folder", name))
     return _checked(where, Corpus(name, **(entry | {"urls": urls, "folder": folder})))
@@ -83,7 +85,7 @@ def _checked(where: str, corpus: Corpus) -> Corpus:
             raise DataError(f"{where}: {url!r} is not the address of a file (http:// or https://)")
         try:
             names = replace(corpus, urls=(url,)).files()
-        except (ValueError, LookupError) as error:
+        except (ValueError, LookupError, AttributeError) as error:
             raise DataError(f"{where}: {url} has braces other than {{shard}} ({error})") from None
         if len(names) < (corpus.shards or 1):
             raise DataError(

@@ -256,7 +256,7 @@ def _weights_match_paths(config: NeoXConfig) -> Findings:
                 f"{split}_data_paths holds {len(paths)} path{'s' * (len(paths) != 1)}. Give one "
                 "weight for each path.",
             )
-        elif not all(0 <= weight < math.inf for weight in weights) or sum(weights) == 0:
+        elif not all(weight >= 0 for weight in weights) or not 0 < sum(weights) < math.inf:
             yield name, f"{name} is {show(weights)}, but weights are 0 or more, and not all 0."
 
 

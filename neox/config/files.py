@@ -31,10 +31,19 @@ def _for_training(config: NeoXConfig) -> Findings:
         yield from _dataset("data_path", f"data_path is {show(config.data_path)}", config.data_path)
     for split in ("train", "valid", "test"):
         for key in (f"{split}_data_paths", f"{split}_label_data_paths"):
-            for path in dict.fromkeys(getattr(config, key) or []):
+            for path in dict.fromkeys(_read(config, split, getattr(config, key) or [])):
                 yield from _dataset(key, f"{key} holds {show(path)}", path)
     for key in ("save", "log_dir", "tensorboard_dir"):
         yield from _folder(key, getattr(config, key))
+
+
+def _read(config: NeoXConfig, split: str, paths: list[str]) -> list[str]:
+    """Those of a split's datasets, or of their labels, that are not left out by a weight of 0."""
+    weights = getattr(config, f"{split}_data_weights")
+    if weights is None or config.weight_by_num_documents:
+        return paths
+    # Lengths that differ are a problem of their own.
+    return [path for path, weight in zip(paths, weights, strict=False) if weight > 0]
 
 
 def _for_generation(config: NeoXConfig) -> Findings:

@@ -109,8 +109,8 @@ def _write(
     for folder in folders:
         if _is_read_only(folder.parent):
             continue
+        checksums: dict[str, int] = {}
         try:
-            checksums = {}
             for name, array in zip(names, arrays, strict=True):
                 file = folder / f"{stem}-{name}.npy"
                 with replacing(file) as stream:
@@ -120,6 +120,8 @@ def _write(
             write_text(folder / f"{stem}.json", json.dumps(told, indent=1) + "\n")
             return
         except OSError as error:
+            for name in checksums:  # of no use by themselves, on a disk that may be full
+                (folder / f"{stem}-{name}.npy").unlink(missing_ok=True)
             log.info(f"cannot keep the sample order in {folder} ({error.strerror})")
     raise DataError(
         f"the sample order could be written to none of {', '.join(map(str, folders))}; make one of "

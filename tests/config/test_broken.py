@@ -519,6 +519,15 @@ CASES = [
         without=("data_path",),
     ),
     Case(
+        "weights whose sum is no number",
+        "train_data_paths: [data/text_document, data/pile_text_document]\n"
+        "valid_data_paths: &data [data/text_document]\ntest_data_paths: *data\n"
+        "train_data_weights: [1.0e+308, 1.0e+308]",
+        "a.yml:4: train_data_weights is [1e+308, 1e+308], but weights are 0 or more, and not all "
+        "0.",
+        without=("data_path",),
+    ),
+    Case(
         "epochs of weighted datasets",
         "train_data_paths: &data [data/text_document]\nvalid_data_paths: *data\n"
         "test_data_paths: *data\ntrain_data_weights: [2.0]\ntrain_epochs: 1",

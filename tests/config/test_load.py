@@ -85,6 +85,21 @@ def test_links_and_byte_order_marks(run_folder: Path) -> None:
     assert load_config([Path("link.yml")]).origin("seed") == "link.yml:1"
 
 
+def test_files_of_a_dataset_without_weight_need_not_be_there(run_folder: Path) -> None:
+    paths = "[data/text_document, absent]"
+    text = "".join(
+        f"{split}_data_paths: {paths}\n{split}_data_weights: [1.0, 0.0]\n"
+        f"{split}_label_data_paths: {paths}\n"
+        for split in ("train", "valid", "test")
+    )
+    write(run_folder / "a.yml", text, without=("data_path",))
+    load_config([Path("a.yml")], purpose="train")
+    with pytest.raises(ConfigError, match='holds "absent", but'):
+        load_config(
+            [Path("a.yml")], {"weight_by_num_documents": Override(True, "x")}, purpose="train"
+        )
+
+
 def test_strict_json(run_folder: Path) -> None:
     (run_folder / "a.json").write_text(json.dumps(MODEL | {"seed": 7}, indent="\t"))
     config = load_config([Path("a.json")])

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from neox import atomic
 from neox.data.documents import open_documents
 from neox.data.indexed import bin_path, idx_path
 from neox.data.samples import open_samples
@@ -128,6 +129,23 @@ def test_a_damaged_order_in_a_read_only_folder_is_built_elsewhere(tmp_path: Path
     finally:
         tmp_path.chmod(0o755)
     assert len(list((tmp_path / "logs" / "index_cache").glob("*.json"))) == 1
+
+
+def test_a_full_disk_keeps_no_part_of_an_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    write_dataset(tmp_path / "data", LENGTHS)
+
+    def full(path: Path, text: str) -> None:
+        if path.parent.parent == tmp_path:
+            raise OSError(28, "No space left on device")
+        atomic.write_text(path, text)
+
+    monkeypatch.setattr("neox.data.cache.write_text", full)
+    read(tmp_path, log_dir=str(tmp_path / "logs"))
+    assert list((tmp_path / "index_cache").iterdir()) == []
+    assert len(list((tmp_path / "logs" / "index_cache").iterdir())) == 3
+    assert "cannot keep the sample order in" in capsys.readouterr().out
 
 
 def test_an_order_without_its_json_is_not_used(tmp_path: Path) -> None:

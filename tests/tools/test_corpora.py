@@ -222,6 +222,8 @@ def test_a_dry_run_lists(corpora: dict, capsys: pytest.CaptureFixture) -> None:
         ({"urls": ["ftp://h/x"]}, "not the address of a file"),
         ({"urls": ["http://h/"]}, "not the address of a file"),
         ({"urls": ["http://h/x{n}"]}, "braces other than {shard}"),
+        ({"urls": ["http://h/x{shard.n}"]}, "braces other than {shard}"),
+        ({"urls": 5}, "urls is 5, an address or a list"),
         ({"urls": ["http://h/x"], "shards": 2}, "names 1 files, and there are 2 shards"),
         ({"urls": ["http://h/{shard}/x"], "shards": 2}, "the file's name needs {shard}"),
         ({"urls": ["http://h/x"], "shards": "two"}, "shards is 'two', a number"),
