@@ -157,7 +157,8 @@ class ChatRecipe:
             for key in self.keys:
                 turns = _turns(record, key, self.fix_text)
                 try:
-                    text = self.tokenizer.write(turns, False)
+                    # Roles and other fields are written, too: they have to be text as well.
+                    text = _usable(record, self.tokenizer.write(turns, False), fix_text=False)
                     tokens = self.tokenizer.tokenize(text)
                     if self.mask:
                         tokens, learnt = self._learnt(turns, text, tokens)

@@ -16,6 +16,7 @@ from neox import log
 from neox.config import NeoXConfig
 from neox.data.cache import Arrays, cached_arrays
 from neox.data.documents import Documents, Sample
+from neox.data.indexed import idx_path
 from neox.data.order import epochs_needed, stream_order, whole_order
 from neox.errors import DataError
 from neox.parallel.groups import ProcessGroups
@@ -127,6 +128,11 @@ def open_samples(
 
     Collective over the world. DataError when these documents make no sample.
     """
+    if documents.lengths[chosen.start : chosen.stop].min(initial=0) < 0:
+        raise DataError(
+            f"{idx_path(documents.prefix)} has a document of less than no tokens: it is damaged; "
+            "tokenize the corpus again"
+        )
     content = {
         "text": documents.content,
         "labels": documents.labels_content,

@@ -231,6 +231,11 @@ STRICT = "{% if messages[0]['role'] != 'user' %}{{ raise_exception('user first')
         (CHATML, {"conversation": [{"from": "human", "value": "a"}]}, "is no conversation"),
         (
             CHATML,
+            {"conversation": [{"role": "\ud800", "content": "a"}]},
+            r"in\.jsonl:2: .*surrogate",
+        ),
+        (
+            CHATML,
             {"messages": CHAT},
             r'in\.jsonl:2: no key "conversation"; this line has: messages',
         ),

@@ -155,3 +155,13 @@ def test_ids_beyond_the_vocabulary(tmp_path: Path) -> None:
     samples = open_range(tmp_path, range(1), 5, vocab_size=40)
     with pytest.raises(DataError, match="made with another tokenizer"):
         all_of(samples)
+
+
+def test_a_negative_length_is_damage(tmp_path: Path) -> None:
+    write_dataset(tmp_path / "data", [9, 20, 11])
+    path = idx_path(tmp_path / "data")
+    damaged = bytearray(path.read_bytes())
+    damaged[34 + 4 : 34 + 8] = np.int32(-20).tobytes()  # after a header of 34 bytes
+    path.write_bytes(damaged)
+    with pytest.raises(DataError, match="data.idx has a document of less than no tokens"):
+        open_range(tmp_path, range(3), 4)
