@@ -163,5 +163,5 @@ def test_a_negative_length_is_damage(tmp_path: Path) -> None:
     damaged = bytearray(path.read_bytes())
     damaged[34 + 4 : 34 + 8] = np.int32(-20).tobytes()  # after a header of 34 bytes
     path.write_bytes(damaged)
-    with pytest.raises(DataError, match="data.idx has a document of less than no tokens"):
+    with pytest.raises(DataError, match=r"data\.idx has a document of less than no tokens"):
         open_range(tmp_path, range(3), 4)
