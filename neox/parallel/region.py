@@ -46,7 +46,8 @@ class TensorParallelRegion:
         """The whole x_SBH and the same parameters; gradients are summed over the ranks.
 
         What the ranks compute from them, each rank for itself, gives each a summand of their
-        gradients. Those of the parameters travel in x's message: S*B*H numbers and theirs.
+        gradients. Those of the parameters travel in x's message, S*B*H numbers and theirs; with
+        sequence parallelism, in one of their own.
         """
         if self.tp == 1:
             return x_SBH, *parameters
@@ -93,22 +94,23 @@ class _Enter(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad_x, *riders = grads
-        tp = ctx.group.size() if ctx.splits else 1
-        # A row for each rank's shard, and the parameters' gradients at the end of every row.
-        rows = torch.cat(
-            [grad_x.reshape(tp, -1), *(grad.reshape(1, -1).expand(tp, -1) for grad in riders)], 1
-        )
+        flat = [grad.reshape(-1) for grad in riders]
         if ctx.splits:
-            summed = rows.new_empty(rows.shape[1])
-            dist.reduce_scatter_single(summed, rows.view(-1), group=ctx.group)
+            shard = grad_x.new_empty(grad_x.shape[0] // ctx.group.size(), *grad_x.shape[1:])
+            dist.reduce_scatter_single(shard, grad_x.contiguous(), group=ctx.group)
+            # Not in that message: each rank's part is summed in an order of its own, and copies of
+            # a parameter must stay equal to the last bit.
+            if flat:
+                summed = torch.cat(flat)
+                dist.all_reduce(summed, group=ctx.group)
         else:
-            summed = rows.view(-1)
-            dist.all_reduce(summed, group=ctx.group)
-        shape = (grad_x.shape[0] // tp, *grad_x.shape[1:])
-        pieces = summed.split([grad_x.numel() // tp, *(grad.numel() for grad in riders)])
+            whole = torch.cat([grad_x.reshape(-1), *flat])
+            dist.all_reduce(whole, group=ctx.group)
+            shard, summed = whole[: grad_x.numel()].view_as(grad_x), whole[grad_x.numel() :]
+        pieces = summed.split([grad.numel() for grad in riders]) if riders else ()
         return (
-            *(None, None, pieces[0].view(shape)),
-            *(piece.view_as(grad) for piece, grad in zip(pieces[1:], riders, strict=True)),
+            *(None, None, shard),
+            *(piece.view_as(grad) for piece, grad in zip(pieces, riders, strict=True)),
         )
 
 

@@ -191,8 +191,8 @@ def expected(config: NeoXConfig, topology: Topology, rank: int) -> Messages:
         add(m * first, "reduce_scatter", "tp", A)  # the embedding, and back
         add(m * first, "all_gather", "tp", A)
         add(2 * m * L * sums, "all_gather", "tp", A)
-        add(m * L * sums, "reduce_scatter", "tp", A)
-        add(m * L * sums, "reduce_scatter", "tp", A + tp * R // sums)
+        add(2 * m * L * sums, "reduce_scatter", "tp", A)
+        add(m * L * sums, "all_reduce", "tp", R // sums)
         add(m * last, "all_gather", "tp", A)  # before the final norm
     elif tp > 1:
         add(m * first, "all_reduce", "tp", A)
@@ -245,7 +245,7 @@ def sent_bytes(config: NeoXConfig, topology: Topology, rank: int) -> dict[str, f
     sums = 1 if config.gpt_j_residual else 2
     split = config.sequence_parallel
     if split:
-        numbers = m * (2 * A * first + L * (4 * sums * A + tp * R) + (3 * T * tp + 3 * A) * last)
+        numbers = m * (2 * A * first + L * (4 * sums * A + 2 * R) + (3 * T * tp + 3 * A) * last)
     else:
         numbers = m * (2 * A * first + L * (4 * sums * A + 2 * R) + (3 * T * tp + 2 * A) * last)
         numbers += m * A * ((not first) + 2 * (not last)) * (pp > 1)

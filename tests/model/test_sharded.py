@@ -143,9 +143,8 @@ def test_with_sequence_parallelism_one_gather_and_one_scatter(
     world: World, architecture: str, branches: int
 ) -> None:
     gather, scatter = ("all_gather_single", ACTIVATIONS), ("reduce_scatter_single", ACTIVATIONS)
-    # The riders travel to both ranks.
-    loaded = ("reduce_scatter_single", ACTIVATIONS + 2 * branches * RIDERS)
+    riders = ("all_reduce", branches * RIDERS)
     count = 2 // branches
     for forward_messages, backward_messages in world.run(2, block_messages, architecture, True):
         assert forward_messages == [gather, scatter] * count
-        assert backward_messages == [gather, loaded] * count
+        assert backward_messages == [gather, scatter, riders] * count
