@@ -16,7 +16,7 @@ from torch import Tensor
 from neox.parallel.groups import ProcessGroups
 
 # Logits held at a time. Fewer would make the products with the projection's weight less efficient.
-CHUNK_BYTES = 256 << 20
+CHUNK_BYTES = 128 << 20
 
 # A probability divided by the number of tokens is below what float16 can tell from zero, and the
 # engine's loss scale is known in the backward pass only. So until then gradients are those of the
