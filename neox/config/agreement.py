@@ -186,6 +186,18 @@ def _what_is_offloaded_is_sharded(config: NeoXConfig) -> Findings:
             )
 
 
+@CHECKS.reading("prescale_gradients", "zero_optimization")
+def _scattered_gradients_are_not_prescaled(config: NeoXConfig) -> Findings:
+    stage, zero = config.zero_stage, config.zero_optimization or {}
+    if config.prescale_gradients and stage > 1 and zero.get("reduce_scatter") is not False:
+        also = ", or zero_optimization.reduce_scatter: false" if stage == 2 else ""
+        yield (
+            "prescale_gradients",
+            f"prescale_gradients is true, but zero_optimization.stage is {stage}, which scatters "
+            f"gradients and divides them afterwards. Use stage 0 or 1{also}.",
+        )
+
+
 @CHECKS.reading("num_nodes")
 def _some_nodes(config: NeoXConfig) -> Findings:
     if config.num_nodes == 0:

@@ -25,8 +25,9 @@ _IDLE: dict[str, tuple[Callable[[NeoXConfig], bool], str]] = {
         "only checkpoint_activations: true reads it",
     ),
     "partition_activations": (
-        lambda c: not c.checkpoint_activations or c.model_parallel_size == 1,
-        "only checkpoint_activations: true with a model_parallel_size above 1 reads it",
+        lambda c: not c.checkpoint_activations or c.model_parallel_size == 1 or c.sequence_parallel,
+        "only checkpoint_activations: true with a model_parallel_size above 1 reads it, and with "
+        "sequence_parallel kept activations are split already",
     ),
     "checkpoint_in_cpu": (
         lambda c: not c.checkpoint_activations,

@@ -30,7 +30,9 @@ class OptimizerConfig:
         False, "Adam with 8-bit state, from bitsandbytes: 2 bytes for each weight instead of 8."
     )
     weight_decay: float = key(
-        0.1, "Decay of all weights of two or more axes, decoupled but for SGD.", low=0
+        0.1,
+        "Decay of all weights of two or more axes; decoupled, but for SGD and adam_w_mode: false.",
+        low=0,
     )
     gradient_clipping: float = key(
         1.0, "Largest norm of the whole gradient; 0 does not clip.", low=0

@@ -49,7 +49,7 @@ def column_linear(
 def row_linear(
     in_size: int, out_size: int, bias: bool, dtype: torch.dtype, groups: ProcessGroups
 ) -> nn.Module:
-    """[..., in_size / tp] -> [..., out_size], summed over the ranks, then the bias."""
+    """The weight [out_size, in_size / tp] and bias of a product that the caller sums over ranks."""
     if groups.tp == 1:
         return Linear(in_size, out_size, bias, dtype=dtype)
     from neox.parallel import megatron

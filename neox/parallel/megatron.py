@@ -53,10 +53,7 @@ class ColumnParallelLinear(tensor_parallel.ColumnParallelLinear):
 
 
 class RowParallelLinear(tensor_parallel.RowParallelLinear):
-    """y = sum over ranks of x_local W_local^T, then + b: the input features split."""
-
-    def forward(self, x_local: Tensor) -> Tensor:
-        return super().forward(x_local)[0]
+    """The input features split. neox.model.block multiplies by its weight and adds up the ranks."""
 
 
 class VocabParallelEmbedding(tensor_parallel.VocabParallelEmbedding):

@@ -491,6 +491,13 @@ CASES = [
         "which leaves the weights where they are. Use stage 3.",
     ),
     Case(
+        "gradients divided before they are scattered",
+        "prescale_gradients: true\nzero_optimization: {stage: 2}",
+        "a.yml:1: prescale_gradients is true, but zero_optimization.stage is 2, which scatters "
+        "gradients and divides them afterwards. Use stage 0 or 1, or "
+        "zero_optimization.reduce_scatter: false.",
+    ),
+    Case(
         "sequences that don't divide",
         "model_parallel_size: 2\nseq_length: 511\nsequence_parallel: true",
         "a.yml:3: sequence_parallel is true, but seq_length (511) is not divisible by "
