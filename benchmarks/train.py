@@ -319,7 +319,8 @@ def main() -> None:
     print(f"{'':14}{'tokens/s':>10}{'peak GB':>10}{'loss':>10}")
     for name, values in speeds.items():
         gigabytes = memory[name] / 1e9
-        print(f"{name:14}{statistics.median(values):10.1f}{gigabytes:10.2f}{losses[name]:10.3f}")
+        loss = "" if math.isnan(losses[name]) else f"{losses[name]:.3f}"
+        print(f"{name:14}{statistics.median(values):10.1f}{gigabytes:10.2f}{loss:>10}")
     speed, share, peak = figures.values()
     print(f"{'ratio':14}{speed:10.3f}{peak:10.3f}   ({min(ratios):.2f} to {max(ratios):.2f})")
     print(f"share of the products' rate: {share:.3f} ({min(shares):.2f} to {max(shares):.2f})")
