@@ -130,6 +130,7 @@ def train(
             "save": f"{folder}/run",
             "load": values.get("save", f"{folder}/run"),
             "checkpoint_factor": 2,
+            "zero_optimization": {"stage": 1},  # with files of its own
             "log_dir": f"{folder}/logs",
             **values,
         },
