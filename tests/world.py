@@ -1,18 +1,18 @@
-"""A pool of gloo ranks that lives for the whole test session.
+"""Gloo ranks for tests: processes forked, for each call, from one that has the libraries loaded.
 
-Importing torch, DeepSpeed and megatron-core costs seconds per process, so ranks are started once
-and given one function after another. A function that hangs, dies or raises costs its own test only.
+Importing torch, DeepSpeed and megatron-core costs seconds per process, forking a process that has
+imported them some milliseconds. So no rank inherits what an earlier test left in libraries' module
+globals, in threads or in memory, and one that hangs, dies or raises costs its own test only.
 """
 
 from __future__ import annotations
 
-import contextlib
 import faulthandler
-import gc
 import importlib
 import itertools
 import multiprocessing
 import multiprocessing.connection
+import multiprocessing.forkserver
 import os
 import pickle
 import signal
@@ -25,8 +25,18 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
-GRACE_S = 5.0  # what the other ranks get once one has failed; gloo tells them at once
+GRACE_S = 0.5  # once one rank has failed, for another that died of it or before it
+LIBRARIES = [
+    "torch",
+    "torch.distributed",
+    "deepspeed",
+    "megatron.core.parallel_state",
+    "megatron.core.tensor_parallel",
+    "pytest",
+    "transformers",
+]
 
 
 class RankError(RuntimeError):
@@ -45,10 +55,10 @@ class World:
 
     def __init__(self, max_ranks: int = 4) -> None:
         self._context = multiprocessing.get_context("forkserver")
-        # Forked from one process that has torch loaded, a replaced rank costs milliseconds.
-        self._context.set_forkserver_preload(["torch", "torch.distributed"])
+        self._context.set_forkserver_preload(LIBRARIES)
+        with mock.patch.dict(os.environ, DS_ACCELERATOR="cpu"):  # or DeepSpeed warns of a guess
+            multiprocessing.forkserver.ensure_running()
         self._max_ranks = max_ranks
-        self._ranks: dict[int, _Rank] = {}
         self._folder = tempfile.TemporaryDirectory(prefix="neox-world-")
         self._calls = itertools.count()
 
@@ -59,25 +69,24 @@ class World:
         The first exception is raised here with that rank's traceback as its cause. RankError when
         a rank dies, calls sys.exit, or is not done after `timeout` seconds; its stacks are shown.
         """
-        assert 1 <= n <= self._max_ranks, f"{n} ranks asked for, the pool has {self._max_ranks}"
+        assert 1 <= n <= self._max_ranks, f"{n} ranks asked for, the limit is {self._max_ranks}"
         call = pickle.dumps((fn, args))
-        store = Path(self._folder.name) / f"store{next(self._calls)}"
-        ranks = {rank: self._start(rank) for rank in range(n)}
-        for rank, worker in ranks.items():
-            job = (list(sys.path), call, rank, n, str(store), timeout)
-            worker.connection.send_bytes(pickle.dumps(job))
-        return self._collect(ranks, timeout)
+        folder = Path(self._folder.name) / f"call{next(self._calls)}"
+        folder.mkdir()
+        ranks = {rank: self._start(rank, n, call, folder, timeout) for rank in range(n)}
+        try:
+            return self._collect(ranks, timeout)
+        finally:
+            self._end(ranks, with_stacks=False)
 
-    def _start(self, rank: int) -> _Rank:
-        if rank in self._ranks and self._ranks[rank].process.is_alive():
-            return self._ranks[rank]
+    def _start(self, rank: int, n: int, call: bytes, folder: Path, timeout: float) -> _Rank:
         ours, theirs = self._context.Pipe()
-        stacks = Path(self._folder.name) / f"stacks{rank}"
-        process = self._context.Process(target=_serve, args=(theirs, str(stacks)), daemon=True)
+        stacks = folder / f"stacks{rank}"
+        job = (list(sys.path), call, rank, n, str(folder / "store"), timeout)
+        process = self._context.Process(target=_serve, args=(theirs, str(stacks), job), daemon=True)
         process.start()
         theirs.close()
-        self._ranks[rank] = _Rank(process, ours, stacks)
-        return self._ranks[rank]
+        return _Rank(process, ours, stacks)
 
     def _collect(self, ranks: dict[int, _Rank], timeout: float) -> list[Any]:
         results: dict[int, Any] = {}
@@ -122,7 +131,7 @@ class World:
         return [results[rank] for rank in ranks]
 
     def _end(self, ranks: dict[int, _Rank], *, with_stacks: bool) -> dict[int, str]:
-        """Kill ranks; return what each was doing, or how it ended. The next call replaces them."""
+        """Kill ranks; return what each was doing, or how it ended."""
         said = {}
         for rank, worker in ranks.items():
             if with_stacks:
@@ -132,12 +141,10 @@ class World:
             worker.process.join()
             worker.connection.close()
             said.setdefault(rank, f"exit code {worker.process.exitcode}")
-            del self._ranks[rank]
         return said
 
     def close(self) -> None:
-        """End every rank and remove the pool's files."""
-        self._end(dict(self._ranks), with_stacks=False)
+        """Remove the files of all calls."""
         self._folder.cleanup()
 
 
@@ -153,30 +160,27 @@ def _ask_stacks(worker: _Rank) -> str:
     return text or "(no answer: the process is stopped)"
 
 
-def _serve(connection: multiprocessing.connection.Connection, stacks: str) -> None:
-    """A rank's whole life: take a job, run it, answer; until the session closes the pipe."""
+def _serve(
+    connection: multiprocessing.connection.Connection, stacks: str, job: tuple[Any, ...]
+) -> None:
+    """A rank's whole life: do the job, answer, and wait to be ended.
+
+    It waits, because peers that still communicate would see its sockets close.
+    """
     import torch
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for pytest, which then ends the pool
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for pytest, which then ends us
     with open(stacks, "w") as file:
         faulthandler.register(signal.SIGUSR1, file=file, all_threads=True)
         torch.set_num_threads(1)
-        os.environ["DS_ACCELERATOR"] = "cpu"  # or DeepSpeed warns that it had to guess
-        environment = dict(os.environ)
-        while True:
-            try:
-                job = pickle.loads(connection.recv_bytes())
-            except EOFError:
-                return
-            try:
-                answer = (False, _call(*job))
-                message = pickle.dumps(answer)
-            except BaseException as error:
-                message = pickle.dumps((True, _portable(error)))
-            connection.send_bytes(message)  # before the others see our sockets close
-            _leave()
-            os.environ.clear()
-            os.environ.update(environment)
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        try:
+            message = pickle.dumps((False, _call(*job)))
+        except BaseException as error:
+            message = pickle.dumps((True, _portable(error)))
+        connection.send_bytes(message)
+        connection.poll(None)  # until the other end is closed
+        os._exit(0)
 
 
 def _call(path: list[str], call: bytes, rank: int, n: int, store: str, timeout: float) -> Any:
@@ -224,28 +228,3 @@ def forget_groups() -> None:
     if offload is not None:  # ZeRO 3 numbers what it partitions, and ranks compare the numbers
         offload.DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__[0][0] = 0
         offload.Init.param_id = 0
-
-
-def _leave() -> None:
-    """Undo what a test may have set up, in every library that keeps it in module globals."""
-    import torch.distributed as dist
-
-    forget_groups()
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    # An engine holds process groups, each of which has threads that go on polling. Not every time:
-    # it takes a tenth of a second to find them.
-    tasks = Path("/proc/self/task")  # Linux
-    if tasks.exists() and len(list(tasks.iterdir())) > 60:
-        _let_engines_go()
-
-
-def _let_engines_go() -> None:
-    """DeepSpeed's hooks on parameters keep an engine alive, unseen by the garbage collector."""
-    engines = sys.modules.get("deepspeed.runtime.engine")
-    if engines is not None:
-        for found in gc.get_objects():
-            if issubclass(type(found), engines.DeepSpeedEngine):
-                with contextlib.suppress(Exception):  # it may not have been built whole
-                    found.destroy()
-    gc.collect()
