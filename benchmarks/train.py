@@ -260,10 +260,10 @@ def compete(shape: Shape) -> tuple[dict[str, list[float]], dict[str, float], dic
 
 # Operators of our step by what they are for; the first row whose word is in an operator's name.
 PARTS = {
-    "attention": ("scaled_dot_product",),
+    "attention": ("bmm", "aten::_softmax", "Attention", "scaled_dot_product"),
     "optimizer": ("adam", "foreach", "vector_norm"),
     "matrix products of linear layers": ("mm",),
-    "softmax of the loss": ("exp", "amax", "sub_", "log", "gather", "scatter"),
+    "softmax of the loss": ("aten::exp", "amax", "sub_", "log", "gather", "scatter"),
     "norms, activations, rotary, residuals, copies": ("",),
 }
 
