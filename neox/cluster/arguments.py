@@ -135,6 +135,16 @@ def _build_parser() -> _Parser:
         help=("first N documents of each task, or a fraction below 1 (default: all)"),
     )
     add("--eval_results_prefix", metavar="PREFIX", help="prefix of the results file")
+    add("--include_path", metavar="DIR", help="folder with task definitions of your own")
+    add(
+        "--batch_size",
+        metavar="N",
+        type=_batch_size,
+        help="inputs of a forward pass (default: auto, as many as are fast)",
+    )
+    add("--apply_chat_template", action="store_true", default=None, help="prompts as conversations")
+    add("--fewshot_as_multiturn", action="store_true", default=None, help="examples as turns")
+    add("--system_instruction", metavar="TEXT", help="what prompts begin with")
 
     wandb = parser.add_argument_group("Weights & Biases")
     add = wandb.add_argument
@@ -156,6 +166,10 @@ _FLAGS = {
     "num_fewshot": "--num_fewshot",
     "limit": "--limit",
     "eval_results_prefix": "--eval_results_prefix",
+    "include_path": "--include_path",
+    "apply_chat_template": "--apply_chat_template",
+    "fewshot_as_multiturn": "--fewshot_as_multiturn",
+    "system_instruction": "--system_instruction",
     "wandb_group": "--wandb_group",
     "wandb_run_name": "--wandb_run_name",
     "wandb_team": "--wandb_team",
@@ -169,6 +183,9 @@ def _overrides(given: argparse.Namespace, tasks: list[str]) -> dict[str, Overrid
         for key, flag in _FLAGS.items()
         if getattr(given, key) is not None
     }
+    if given.batch_size is not None:
+        size = None if given.batch_size == "auto" else given.batch_size
+        overrides["eval_batch_size"] = Override(size, "--batch_size")
     if tasks:
         overrides["eval_tasks"] = Override(tasks, "--eval_tasks")
     for assignment in given.set:
@@ -205,6 +222,11 @@ def _number(text: str) -> int | float:
     return int(text) if re.fullmatch(r"\d+", text) else float(text)
 
 
+def _batch_size(text: str) -> int | str:
+    return text if text == "auto" else int(text)
+
+
+_batch_size.__name__ = "batch size"
 _number.__name__ = "number"  # argparse shows it: invalid number value: 'x'
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from neox.config.data import DataConfig
 from neox.config.deepspeed import DeepSpeedConfig
+from neox.config.evaluation import EvaluationConfig
 from neox.config.fields import keys_of
 from neox.config.logging import LoggingConfig
 from neox.config.lr_scheduler import LRSchedulerConfig
@@ -34,6 +35,7 @@ SECTIONS = (
     TokenizerConfig,
     LoggingConfig,
     TextGenConfig,
+    EvaluationConfig,
     MoEConfig,
     DeepSpeedConfig,
     RunnerConfig,
@@ -52,6 +54,7 @@ class NeoXConfig(
     TokenizerConfig,
     LoggingConfig,
     TextGenConfig,
+    EvaluationConfig,
     MoEConfig,
     DeepSpeedConfig,
     RunnerConfig,

@@ -1,4 +1,4 @@
-"""Generation and evaluation."""
+"""Generation."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _PRECOMPUTE = "precomputed reference log-probabilities are not supported"
 
 @dataclass(frozen=True, kw_only=True)
 class TextGenConfig:
-    """What generate.py writes and evaluate.py measures."""
+    """What generate.py writes."""
 
     text_gen_type: Literal["unconditional", "input-file", "interactive", "precompute"] = key(
         "unconditional",
@@ -30,15 +30,3 @@ class TextGenConfig:
     return_logits: bool = key(False, "Write each token's logits too.")
     recompute: bool = key(False, "Generate without the key/value cache.")
     precompute_model_name: str | None = refused(None, "Name of the reference model.", _PRECOMPUTE)
-
-    eval_tasks: list[str] | None = key(
-        None, "Tasks of evaluate.py, and of every validation while training."
-    )
-    eval_results_prefix: str = key("", "Prefix of the results file.")
-    eval_data_dir: str | None = key(None, "Folder with local copies of the tasks' data.")
-    num_fewshot: int | None = key(
-        None, "Solved examples before each document; the task's own number by default.", low=0
-    )
-    limit: int | float | None = key(
-        None, "Documents of each task, or a share below 1; all by default.", above=0
-    )

@@ -278,9 +278,20 @@ FROZEN = {
         return_logits                             acts     false
         recompute                                 acts     false
         precompute_model_name                     refused  null
+    """,
+    "EvaluationConfig": r"""
         eval_tasks                                acts     null
         eval_results_prefix                       acts     ""
+        eval_batch_size                           acts     null
         eval_data_dir                             acts     null
+        eval_own_documents                        acts     false
+        eval_cache_dir                            acts     null
+        eval_use_cache                            acts     true
+        include_path                              acts     null
+        apply_chat_template                       acts     false
+        chat_template_path                        acts     null
+        system_instruction                        acts     null
+        fewshot_as_multiturn                      acts     false
         num_fewshot                               acts     null
         limit                                     acts     null
     """,
@@ -364,7 +375,9 @@ FROZEN = {
     """,
 }
 OURS = {  # the others are upstream's
-    *("eval_data_dir", "num_fewshot", "limit"),
+    *("num_fewshot", "limit", "include_path", "system_instruction", "fewshot_as_multiturn"),
+    *("eval_data_dir", "eval_own_documents", "eval_batch_size", "eval_cache_dir", "eval_use_cache"),
+    *("apply_chat_template", "chat_template_path"),
     *("wsd_decay_ratio", "wsd_decay_style"),
 }
 
