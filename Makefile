@@ -15,7 +15,7 @@ install: $(INSTALLED)  ## put the pinned requirements into .venv, unless they ar
 
 # The stamp comes last, so an installation that was interrupted is taken up again. On a terminal
 # pip's many lines become one that changes.
-$(INSTALLED): requirements/requirements.txt requirements/requirements-dev.txt requirements/lock.txt
+$(INSTALLED): requirements/requirements.txt requirements/requirements-dev.txt requirements/lock.txt tools/register_lm_eval.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "error: $$($(PYTHON) -V) is too old, the requirements need Python 3.11 or newer;" \
 	    "name one: make $(or $(MAKECMDGOALS),install) PYTHON=python3.12" >&2; exit 2; }
@@ -29,6 +29,7 @@ $(INSTALLED): requirements/requirements.txt requirements/requirements-dev.txt re
 	else \
 	  $(BIN)/pip install --quiet -r requirements/requirements-dev.txt; \
 	fi
+	@$(BIN)/python tools/register_lm_eval.py >/dev/null
 	@touch $@
 	@echo "Installed."
 

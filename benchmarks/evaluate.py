@@ -1,9 +1,9 @@
 """Documents per second against lm-eval's own HF backend: the same weights, tokens and documents.
 
 Ours is the adapter behind evaluate.py, the peer lm-eval's HFLM over GPTNeoXForCausalLM with the
-same random weights. They take turns on the same documents, so that what else the machine does falls
-on both; lambada_over_lm_eval_hf and piqa_over_lm_eval_hf are medians over the rounds of one turn
-against the other. A turn is lm-eval's `loglikelihood`: tokenization, forward passes, scores. Both
+same random weights. Each has a process of its own; they take turns on the same documents, so that
+what else the machine does falls on both; lambada_over_lm_eval_hf and piqa_over_lm_eval_hf are
+medians over the rounds of one turn against the other. A turn is lm-eval's `loglikelihood`: tokenization, forward passes, scores. Both
 must give the same scores.
 
     python benchmarks/evaluate.py [--quick] [--json FILE] [--data DIR] [--tokenizer FILE]
@@ -15,7 +15,11 @@ must give the same scores.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
+import multiprocessing
+import os
 import random
 import statistics
 import sys
@@ -23,6 +27,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +48,7 @@ if TYPE_CHECKING:
 THREADS = 2
 BATCH_SIZE = 8
 SEQUENCE = 2048
+DEMO = ROOT / "configs" / "demo_eval"
 FIGURES = {"lambada_openai": "lambada_over_lm_eval_hf", "piqa": "piqa_over_lm_eval_hf"}
 
 
@@ -59,7 +65,7 @@ class Shape:
     documents: int  # per turn
 
 
-FULL = Shape("70M", 6, 512, 8, 50304, rounds=7, documents=40)
+FULL = Shape("70M", 6, 512, 8, 50304, rounds=7, documents=96)
 QUICK = Shape("tiny", 2, 128, 4, 8192, rounds=5, documents=16)
 
 Scores = list[tuple[float, bool]]
@@ -84,21 +90,18 @@ def configuration(shape: Shape, data: Path) -> NeoXConfig:
             "train_micro_batch_size_per_gpu": BATCH_SIZE,
             "eval_tasks": list(FIGURES),
             "eval_data_dir": str(data),
+            "eval_own_documents": data == DEMO,
         }
     )
 
 
-def contestants(config: NeoXConfig, shape: Shape, tokenizer_file: Path) -> dict[str, Contestant]:
-    """Both backends over one set of random weights."""
+def peer_model(shape: Shape) -> Any:
+    """GPTNeoXForCausalLM, the same random weights in every process."""
     import torch
     import transformers
-    from lm_eval.models.huggingface import HFLM
-
-    from neox.evaluation.adapter import NeoXLM
-    from neox.tokenizer import load_tokenizer
 
     torch.manual_seed(1234)
-    peer = transformers.GPTNeoXForCausalLM(
+    return transformers.GPTNeoXForCausalLM(
         transformers.GPTNeoXConfig(
             vocab_size=shape.vocab,
             hidden_size=shape.hidden,
@@ -116,20 +119,57 @@ def contestants(config: NeoXConfig, shape: Shape, tokenizer_file: Path) -> dict[
             attn_implementation="sdpa",
         )
     ).eval()
-    peer_tokenizer = transformers.PreTrainedTokenizerFast(
+
+
+def theirs(config: NeoXConfig, shape: Shape, tokenizer_file: Path) -> Contestant:
+    import transformers
+    from lm_eval.models.huggingface import HFLM
+
+    tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_file=str(tokenizer_file), eos_token="<|endoftext|>", pad_token="<|endoftext|>"
     )
-    theirs = HFLM(pretrained=peer, tokenizer=peer_tokenizer, batch_size=BATCH_SIZE, device="cpu")
-    ours = NeoXLM(
-        our_model(config, shape, peer.state_dict()),
-        load_tokenizer("HFTokenizer", str(tokenizer_file)),
-        batch_size=BATCH_SIZE,
-        seed=1234,
+    lm = HFLM(
+        pretrained=peer_model(shape), tokenizer=tokenizer, batch_size=BATCH_SIZE, device="cpu"
     )
-    return {
-        "ours": ours.loglikelihood,
-        "lm-eval hf": lambda requests: theirs.loglikelihood(requests, disable_tqdm=True),
-    }
+    return lambda requests: lm.loglikelihood(requests, disable_tqdm=True)
+
+
+def ours(config: NeoXConfig, shape: Shape, tokenizer_file: Path) -> Contestant:
+    from neox.evaluation.adapter import NeoXLM
+    from neox.tokenizer import load_tokenizer
+
+    model = our_model(config, shape, peer_model(shape).state_dict())
+    tokenizer = load_tokenizer("HFTokenizer", str(tokenizer_file))
+
+    def score(requests: list[Instance]) -> Scores:
+        # Anew each time: it would know the answers of an earlier turn.
+        lm = NeoXLM(
+            lambda: model, tokenizer, model.groups, SEQUENCE, batch_size=None, seed=config.seed
+        )
+        return lm.loglikelihood(requests)
+
+    return score
+
+
+def work(
+    build: Callable[..., Contestant], shape: Shape, data: Path, tokenizer: Path, orders: Connection
+) -> None:
+    """A contestant's process: it answers (task, numbers of documents) with (seconds, scores)."""
+    log.quiet_third_parties()
+    import torch
+
+    torch.set_num_threads(THREADS)
+    config = configuration(shape, data)
+    with contextlib.redirect_stdout(io.StringIO()):
+        documents = requests_by_document(config)
+    contestant = build(config, shape, tokenizer)
+    orders.send({name: len(found) for name, found in documents.items()})
+    while order := orders.recv():
+        name, numbers = order
+        requests = [instance for number in numbers for instance in documents[name][number]]
+        started = time.perf_counter()
+        scores = contestant(requests)
+        orders.send((time.perf_counter() - started, scores))
 
 
 def our_model(config: NeoXConfig, shape: Shape, weights: dict[str, Any]) -> InferenceModel:
@@ -195,25 +235,43 @@ def train_tokenizer(folder: Path) -> Path:
     return path
 
 
+def start(shape: Shape, data: Path, tokenizer: Path) -> dict[str, Connection]:
+    """A process for each contestant, so that neither has the other's settings or memory."""
+    context = multiprocessing.get_context("spawn")
+    orders = {}
+    for name, build in {"ours": ours, "lm-eval hf": theirs}.items():
+        orders[name], end = context.Pipe()
+        arguments = (build, shape, data, tokenizer, end)
+        context.Process(target=work, args=arguments, daemon=True).start()
+        end.close()
+    return orders
+
+
+def answer(orders: dict[str, Connection], name: str) -> Any:
+    try:
+        return orders[name].recv()
+    except EOFError:
+        sys.exit(f"{name} failed; its error is above")
+
+
 def compete(
-    shape: Shape, both: dict[str, Contestant], name: str, documents: list[list[Instance]]
+    shape: Shape, orders: dict[str, Connection], task: str, documents: int
 ) -> tuple[dict[str, list[float]], float]:
-    """Documents/s of every round by contestant, and the largest difference of two scores."""
-    speeds: dict[str, list[float]] = {who: [] for who in both}
+    """Documents/s of every round by contestant, and the largest relative difference of scores."""
+    speeds: dict[str, list[float]] = {name: [] for name in orders}
     difference = 0.0
     chosen = random.Random(1234)
-    bar = log.progress(total=shape.rounds, desc=name, unit=" rounds")
+    bar = log.progress(total=shape.rounds, desc=task, unit=" rounds")
     for i in range(-1, shape.rounds):  # round -1 warms up
-        turn = chosen.sample(documents, min(shape.documents, len(documents)))
-        requests = [instance for document in turn for instance in document]
+        turn = chosen.sample(range(documents), min(shape.documents, documents))
         scores: dict[str, Scores] = {}
-        for who in list(both) if i % 2 else reversed(both):
-            started = time.perf_counter()
-            scores[who] = both[who](requests)
+        for name in list(orders) if i % 2 else reversed(orders):
+            orders[name].send((task, turn))
+            seconds, scores[name] = answer(orders, name)
             if i >= 0:
-                speeds[who].append(len(turn) / (time.perf_counter() - started))
+                speeds[name].append(len(turn) / seconds)
         for (a, _), (b, _) in zip(*scores.values(), strict=True):
-            difference = max(difference, abs(a - b))
+            difference = max(difference, abs(a - b) / abs(b))
         bar.update(i >= 0)
     bar.close()
     return speeds, difference
@@ -223,37 +281,37 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a tiny model instead of the 70M one")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
-    parser.add_argument("--data", type=Path, default=ROOT / "configs" / "demo_eval", metavar="DIR")
+    parser.add_argument("--data", type=Path, default=DEMO, metavar="DIR")
     parser.add_argument("--tokenizer", type=Path, metavar="FILE")
     arguments = parser.parse_args()
     shape = QUICK if arguments.quick else FULL
+    os.environ["OMP_NUM_THREADS"] = str(THREADS)
 
-    log.quiet_third_parties()
-    config = configuration(shape, arguments.data)
-    documents = requests_by_document(config)
-    import torch
-
-    torch.set_num_threads(THREADS)
     with tempfile.TemporaryDirectory() as folder:
         tokenizer_file = arguments.tokenizer or train_tokenizer(Path(folder))
-        both = contestants(config, shape, tokenizer_file)
+        orders = start(shape, arguments.data, tokenizer_file)
+        documents = {name: answer(orders, name) for name in orders}["ours"]
 
     print(
-        f"{shape.name}: fp32, batch size {BATCH_SIZE}, {THREADS} threads; medians of "
+        f"{shape.name}: fp32, {THREADS} threads, theirs at batch size {BATCH_SIZE}; medians of "
         f"{shape.rounds} rounds of {shape.documents} documents"
     )
-    print(f"{'documents/s':16}" + "".join(f"{who:>12}" for who in both) + f"{'ratio':>9}")
+    print(f"{'documents/s':16}" + "".join(f"{name:>12}" for name in orders) + f"{'ratio':>9}")
     figures = {}
-    for name, figure in FIGURES.items():
-        speeds, difference = compete(shape, both, name, documents[name])
+    for task, figure in FIGURES.items():
+        speeds, difference = compete(shape, orders, task, documents[task])
         ratios = [a / b for a, b in zip(*speeds.values(), strict=True)]
         figures[figure] = statistics.median(ratios)
         print(
-            f"{name:16}"
+            f"{task:16}"
             + "".join(f"{statistics.median(values):12.1f}" for values in speeds.values())
             + f"{figures[figure]:9.3f}   ({min(ratios):.2f} to {max(ratios):.2f}; "
             f"scores agree to {difference:.0e})"
         )
+    for connection in orders.values():
+        connection.send(None)
+    for process in multiprocessing.active_children():
+        process.join()
     if arguments.json:
         write_text(arguments.json, json.dumps(figures) + "\n")
 

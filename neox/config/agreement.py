@@ -361,3 +361,13 @@ def _limit_is_count_or_share(config: NeoXConfig) -> Findings:
             f"limit is {config.limit:g}, but it must be a whole number of documents, or a share "
             f"below 1. Use {round(config.limit)}.",
         )
+
+
+@CHECKS.reading("fewshot_as_multiturn", "apply_chat_template")
+def _turns_need_a_template(config: NeoXConfig) -> Findings:
+    if config.fewshot_as_multiturn and not config.apply_chat_template:
+        yield (
+            "fewshot_as_multiturn",
+            "fewshot_as_multiturn is true, but only a chat template has turns. Set "
+            "apply_chat_template: true as well.",
+        )

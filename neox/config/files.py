@@ -35,6 +35,8 @@ def _for_training(config: NeoXConfig) -> Findings:
                 yield from _dataset(key, f"{key} holds {show(path)}", path)
     for key in ("save", "log_dir", "tensorboard_dir"):
         yield from _folder(key, getattr(config, key))
+    if config.eval_tasks:
+        yield from _for_evaluation(config)
 
 
 def _read(config: NeoXConfig, split: str, paths: list[str]) -> list[str]:
@@ -52,8 +54,11 @@ def _for_generation(config: NeoXConfig) -> Findings:
 
 
 def _for_evaluation(config: NeoXConfig) -> Findings:
-    if config.eval_data_dir is not None:
-        yield from _folder("eval_data_dir", config.eval_data_dir, must_exist=True)
+    names = ["eval_data_dir", "include_path"]
+    names += ["chat_template_path"] * config.apply_chat_template
+    for name in names:
+        if getattr(config, name) is not None:
+            yield from _folder(name, getattr(config, name), must_exist=True)
 
 
 def _tokenizer(config: NeoXConfig) -> Findings:

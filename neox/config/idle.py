@@ -64,6 +64,15 @@ _IDLE: dict[str, tuple[Callable[[NeoXConfig], bool], str]] = {
     "profile_step_stop": (lambda c: not c.profile, _PROFILE),
     "memory_profiling": (lambda c: not c.profile, _PROFILE),
     "memory_profiling_path": (lambda c: not c.memory_profiling, "only memory_profiling reads it"),
+    "eval_own_documents": (
+        lambda c: c.eval_data_dir is None,
+        "only the files of eval_data_dir are compared with those published",
+    ),
+    "include_path": (lambda c: c.eval_tasks is None, "only eval_tasks names its tasks"),
+    "chat_template_path": (
+        lambda c: not c.apply_chat_template,
+        "only apply_chat_template: true reads it",
+    ),
     "split": (lambda c: bool(c.train_data_paths), "only data_path is split"),
 }
 

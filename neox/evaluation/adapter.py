@@ -2,63 +2,83 @@
 
 Every rank of every replica calls the same methods with the same requests and gets the same answers.
 A replica's ranks run each forward pass together; data-parallel replicas share out the requests.
-Shape letters: B batch rows, S positions, V (padded) vocabulary, C positions of a continuation.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.models.utils import normalize_gen_kwargs
-from torch import Tensor
 from tqdm import tqdm
 
 from neox import log
-from neox.errors import CheckpointError, ConfigError
+from neox.engine.memory import keep_freed_memory
+from neox.errors import ConfigError
+from neox.evaluation.answers import Answers, digest
+from neox.evaluation.scoring import Pair, Scorer
 from neox.inference.generate import generate
 from neox.inference.sampling import Sampling, prompt_generator
 from neox.inference.stages import InferenceModel
+from neox.parallel.groups import ProcessGroups
 from neox.tokenizer import Tokenizer
-
-Pair = tuple[list[int], list[int]]  # tokens of a context, tokens of what follows it
-
-
-class NotFiniteError(CheckpointError):
-    """The model computes NaN or infinity."""
+from neox.tokenizer.chat import ChatTemplate
 
 
 class NeoXLM(LM):
     """lm-eval's view of one model.
 
-    batch_size: rows of a forward pass; the scores do not depend on it.
-    bar: counts the forward passes' rows; made by the caller, who may hide lm-eval's own bars.
+    load: makes the model when it is first needed; collective over the replica's ranks. A run whose
+        answers are all known does without it.
+    batch_size: inputs of a forward pass, None for as many as are fast; scores do not depend on it.
+    bar: counts the inputs; made by the caller, who may hide lm-eval's own bars.
+    answers: what is known from earlier runs, and takes what this one finds out.
     together: whether a NotFiniteError waits until every rank can raise it, for who goes on after
-    it; otherwise the rank that finds a reason for it raises it at once.
+        it; otherwise the rank that finds a reason for it raises it at once.
     """
 
     def __init__(
         self,
-        model: InferenceModel,
+        load: Callable[[], InferenceModel],
         tokenizer: Tokenizer,
+        groups: ProcessGroups,
+        max_length: int,
         *,
-        batch_size: int,
+        batch_size: int | None,
         seed: int,
+        chat: ChatTemplate | None = None,
         bar: tqdm | None = None,
+        answers: Answers | None = None,
         together: bool = False,
     ) -> None:
         super().__init__()  # rank 0 of 1: each of our ranks shows lm-eval all requests
-        self.model = model
         self.tokenizer = tokenizer
+        self.groups = groups
+        self.max_length = max_length
         self.batch_size = batch_size
         self.seed = seed
+        self.chat = chat
         self.bar = log.progress(total=0, desc="evaluating") if bar is None else bar
         self.together = together
-        self.max_length: int = model.config.seq_length
+        self.asked = self.computed = 0  # requests so far, and those that were not known
+        self._load = load
+        self._answers = answers or Answers(None)
+
+    @cached_property
+    def model(self) -> InferenceModel:
+        model = self._load()
+        if model.device.type == "cpu":
+            keep_freed_memory()
+        return model
+
+    @cached_property
+    def _known(self) -> dict[str, Any]:
+        """Answers of earlier runs, on every rank. Collective over the world."""
+        return self.groups.gather(self._answers.read() if self.groups.rank == 0 else {})[0]
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         """Per (context, continuation): the continuation's log-probability, and is it greedy.
@@ -66,13 +86,24 @@ class NeoXLM(LM):
         Natural logarithm, summed over the continuation's tokens. Greedy: each of them is the
         likeliest after those before it. A context too long for seq_length loses its beginning.
         """
-        return self._score([self.encode_pair(*request.args) for request in requests])
+        keys = [digest(["loglikelihood", *request.args]) for request in requests]
+
+        def compute(new: Sequence[int]) -> list[Any]:
+            pairs = [self.encode_pair(*requests[i].args) for i in new]
+            return self._score(pairs, [keys[i] for i in new])
+
+        return [(score, greedy) for score, greedy in self._answer(keys, compute)]
 
     def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
         """The log-probability of each whole text, after an end-of-document token."""
         eod = self.tokenizer.eod
-        pairs = [([eod], self.tokenizer.tokenize(request.args[0])) for request in requests]
-        return [log_probability for log_probability, _ in self._score(pairs)]
+        keys = [digest(["loglikelihood_rolling", request.args[0]]) for request in requests]
+
+        def compute(new: Sequence[int]) -> list[Any]:
+            pairs = [([eod], self.tokenizer.tokenize(requests[i].args[0])) for i in new]
+            return self._score(pairs, [keys[i] for i in new])
+
+        return [score for score, _ in self._answer(keys, compute)]
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """What the model writes after each context, up to the first stop string (left out).
@@ -80,19 +111,70 @@ class NeoXLM(LM):
         Each request carries lm-eval's generation_kwargs: until, max_gen_toks, do_sample,
         temperature, top_k, top_p. ConfigError for any other that changes the text.
         """
-        groups = self.model.groups
-        mine = range(groups.dp_rank, len(requests), groups.dp)
-        self.bar.total += len(mine)
-        texts = {}
-        for i in mine:
-            context, options = requests[i].args
-            texts[i] = self._continue(context, options, index=i)
-            self.bar.update()
-        if groups.dp_group is not None:
-            shares: list[dict[int, str]] = [{}] * groups.dp
-            dist.all_gather_object(shares, texts, group=groups.dp_group)
-            texts = {i: text for share in shares for i, text in share.items()}
-        return [texts[i] for i in range(len(requests))]
+        keys = []
+        for i, request in enumerate(requests):
+            context, options = request.args
+            drawn = [self.seed, i] if options.get("do_sample") else []
+            keys.append(digest(["generate_until", context, options, *drawn]))
+
+        def compute(new: Sequence[int]) -> list[str]:
+            mine = new[self.groups.dp_rank :: self.groups.dp]
+            self.bar.total += len(mine)
+            texts: dict[int, str] = {}
+            for i in mine:
+                context, options = requests[i].args
+                texts[i] = self._continue(context, options, index=i)
+                if self._speaks:
+                    self._answers.keep({keys[i]: texts[i]})
+                self.bar.update()
+            return [text for _, text in sorted(self._from_replicas(texts).items())]
+
+        return self._answer(keys, compute)
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """The conversation as the text that a prompt begins with. DataError."""
+        assert self.chat is not None, "lm-eval asked for a chat template that nobody set"
+        return self.chat.write(chat_history, add_generation_prompt)
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """The template's own text, which lm-eval records."""
+        return self.chat.source if self.chat is not None else ""
+
+    @property
+    def tokenizer_name(self) -> str:
+        """What lm-eval keeps prompts apart by, should it keep any."""
+        return self.chat.folder if self.chat is not None else self.tokenizer.name
+
+    def _answer(self, keys: Sequence[str], compute: Callable[[list[int]], list[Any]]) -> list[Any]:
+        """The answer of each key: known, or by `compute`, which gets the indices of the others.
+
+        A question that is asked twice is computed once. Collective over the world.
+        """
+        first: dict[str, int] = {}
+        for i, key in enumerate(keys):
+            if key not in self._known:
+                first.setdefault(key, i)
+        new = list(first.values())
+        self.asked += len(keys)
+        self.computed += len(new)
+        if new:
+            self._known.update(zip((keys[i] for i in new), compute(new), strict=True))
+        return [self._known[key] for key in keys]
+
+    @property
+    def _speaks(self) -> bool:
+        """Whether this rank writes down what its replica finds out."""
+        return self.groups.is_last_stage and self.groups.tp_rank == 0
+
+    def _from_replicas(self, share: dict[int, Any]) -> dict[int, Any]:
+        """What all replicas found. Collective over the dp group."""
+        if self.groups.dp_group is None:
+            return share
+        shares: list[dict[int, Any]] = [{}] * self.groups.dp
+        dist.all_gather_object(shares, share, group=self.groups.dp_group)
+        return {i: value for share in shares for i, value in share.items()}
 
     def encode_pair(self, context: str, continuation: str) -> Pair:
         """Tokens of the context, never none, and of what they are to be followed by.
@@ -110,11 +192,11 @@ class NeoXLM(LM):
         tokens = self.tokenizer.tokenize(context + continuation)
         return (head, tokens[len(head) :]) if head else ([eod], tokens)
 
-    def _score(self, pairs: Sequence[Pair]) -> list[tuple[float, bool]]:
+    def _score(self, pairs: Sequence[Pair], keys: Sequence[str]) -> list[tuple[float, bool]]:
         """Log-probability and greediness of every pair's continuation. Collective, see above.
 
         A continuation longer than seq_length is scored piece by piece, each token once and with
-        as much before its piece as fits.
+        as much before its piece as fits. Answers are written down under `keys`, one for each pair.
         """
         pieces: list[Pair] = []
         owners: list[int] = []
@@ -123,44 +205,23 @@ class NeoXLM(LM):
                 piece = continuation[start : start + self.max_length]
                 pieces.append((context + continuation[:start], piece))
                 owners.append(i)
+        whole = [len(continuation) <= self.max_length for _, continuation in pairs]
+
+        def write(done: Sequence[int], scores: Sequence[Sequence[float]]) -> None:
+            found = zip(done, scores, strict=True)
+            self._answers.keep(
+                {keys[owners[i]]: (s, misses == 0) for i, (s, misses) in found if whole[owners[i]]}
+            )
+
         totals, greedy = [0.0] * len(pairs), [True] * len(pairs)
-        for i, (total, likeliest) in zip(owners, self._score_pieces(pieces), strict=True):
-            totals[i] += total
-            greedy[i] &= likeliest == 1
-        return list(zip(totals, greedy, strict=True))
-
-    def _score_pieces(self, pairs: Sequence[Pair]) -> list[list[float]]:
-        """[log-probability, 1 if greedy] of every pair; no continuation is empty or too long.
-
-        Pairs with the same input (context and continuation without its last token) share one row:
-        less work, and equal answers get exactly equal scores. The longest rows come first, so a
-        batch too big for the memory fails at once.
-        """
-        askers: dict[tuple[int, ...], list[int]] = {}
-        for i, (context, continuation) in enumerate(pairs):
-            seen = (context + continuation)[-(self.max_length + 1) : -1]
-            askers.setdefault(tuple(seen), []).append(i)
-        groups = self.model.groups
-        rows = sorted(askers, key=len, reverse=True)[groups.dp_rank :: groups.dp]
-        self.bar.total += len(rows)
-
-        # A pair belongs to one replica, the others leave zeros: the sum over replicas is exact.
-        scores = torch.zeros(len(pairs), 2, dtype=torch.float64)
-        for start in range(0, len(rows), self.batch_size):
-            batch = rows[start : start + self.batch_size]
-            logits_BSV = self.model(_pad_right(batch, self.model.device))
-            if logits_BSV is not None:
-                for row, logits_SV in zip(batch, logits_BSV, strict=True):
-                    for i in askers[row]:
-                        scores[i] = _score_tail(logits_SV[: len(row)], pairs[i][1])
-                        if not self.together:
-                            _check_finite(scores[i])
-            self.bar.update(len(batch))
-        scores = self.model.broadcast(scores.to(self.model.device))
-        if groups.dp_group is not None:
-            dist.all_reduce(scores, group=groups.dp_group)
-        _check_finite(scores)
-        return scores.tolist()
+        scorer = Scorer(self.model, self.max_length, self.batch_size, self.bar, self.together)
+        for i, (score, misses) in zip(owners, scorer.score(pieces, write), strict=True):
+            totals[i] += score
+            greedy[i] &= misses == 0
+        answers = list(zip(totals, greedy, strict=True))
+        if self.groups.rank == 0:  # pieces may be of several replicas
+            self._answers.keep({keys[i]: answers[i] for i in range(len(pairs)) if not whole[i]})
+        return answers
 
     def _continue(self, context: str, options: dict[str, Any], index: int) -> str:
         """The text after `context`; `index` numbers the request, for its random stream."""
@@ -186,35 +247,6 @@ class NeoXLM(LM):
         for stop in until:
             text = text.split(stop)[0]
         return text
-
-
-def _pad_right(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
-    """int64 [B, S]. A causal model sees nothing to the right of a token, so any padding will do."""
-    tokens_BS = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.int64)
-    for tokens_S, row in zip(tokens_BS, rows, strict=True):
-        tokens_S[: len(row)] = torch.tensor(row)
-    return tokens_BS.to(device)
-
-
-def _score_tail(logits_SV: Tensor, continuation: list[int]) -> Tensor:
-    """[log-probability, 1 if greedy], float64, on the CPU.
-
-    The last C rows of the logits predict the C tokens of the continuation. The softmax runs over
-    the padded vocabulary, as it did in training and does in an exported model.
-    """
-    tokens_C = torch.tensor(continuation, device=logits_SV.device)
-    log_probabilities_CV = logits_SV[-len(continuation) :].float().log_softmax(dim=-1)
-    total = log_probabilities_CV.gather(1, tokens_C[:, None]).sum()
-    greedy = (log_probabilities_CV.argmax(dim=-1) == tokens_C).all()
-    return torch.stack([total.double(), greedy.double()]).cpu()
-
-
-def _check_finite(scores: Tensor) -> None:
-    if not scores.isfinite().all():
-        raise NotFiniteError(
-            "the model's logits are not finite numbers: the checkpoint is damaged, or its "
-            "activations overflow this precision; try `precision: fp32`"
-        )
 
 
 def generation_options(options: dict[str, Any], seq_length: int) -> tuple[list[str], int, Sampling]:

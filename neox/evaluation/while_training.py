@@ -6,7 +6,9 @@ import random
 
 from neox import log
 from neox.config import NeoXConfig
-from neox.evaluation.run import metrics, score
+from neox.evaluation.chat import chat_template_of
+from neox.evaluation.results import metrics
+from neox.evaluation.run import score
 from neox.evaluation.tasks import load_tasks
 from neox.inference.stages import InferenceModel
 from neox.parallel.groups import ProcessGroups
@@ -15,7 +17,6 @@ from neox.tokenizer import Tokenizer
 # For the standard error of metrics that have no formula for it. evaluate.py takes a hundred times
 # as many, which for LAMBADA's perplexity take longer than a small model's scores.
 BOOTSTRAP_ITERATIONS = 100
-LOGITS = 1 << 28  # of a forward pass, at most: a gigabyte. Training never has a batch's whole.
 
 
 class TaskScores:
@@ -30,6 +31,7 @@ class TaskScores:
         self._groups = groups
         self._tokenizer = tokenizer
         self._tasks = load_tasks(config)
+        self._chat = chat_template_of(config)
 
     def __call__(self, model: InferenceModel, iteration: int) -> dict[str, float]:
         """`{task}_{metric}` -> score of the model after `iteration` steps.
@@ -37,20 +39,22 @@ class TaskScores:
         Every rank gets the scores, rank 0 alone their standard errors; {} and a warning where the
         model computes NaN. Collective over the world.
         """
-        from neox.evaluation.adapter import NotFiniteError
+        from neox.evaluation.adapter import NeoXLM
+        from neox.evaluation.scoring import NotFiniteError
 
+        lm = NeoXLM(
+            lambda: model,
+            self._tokenizer,
+            self._groups,
+            self._config.seq_length,
+            batch_size=self._config.eval_batch_size,
+            seed=self._config.seed,
+            chat=self._chat,
+            together=True,
+        )
         state = random.getstate()  # tasks' own code may draw
         try:
-            results = score(
-                self._config,
-                model,
-                self._tokenizer,
-                self._groups,
-                self._tasks,
-                batch_size=self._batch_size(model),
-                bootstrap_iterations=BOOTSTRAP_ITERATIONS,
-                together=True,
-            )
+            results = score(self._config, lm, self._tasks, self._groups, BOOTSTRAP_ITERATIONS)
         except NotFiniteError:
             log.warning(
                 f"eval_tasks: no scores at iteration {iteration}, since the model's logits are not "
@@ -60,9 +64,3 @@ class TaskScores:
         finally:
             random.setstate(state)
         return metrics(results)
-
-    def _batch_size(self, model: InferenceModel) -> int:
-        """A micro-batch, or as much of one as there will surely be memory for."""
-        config = self._config
-        rows = LOGITS // (config.seq_length * model.padded_vocab_size)
-        return max(1, min(rows, config.train_micro_batch_size_per_gpu))

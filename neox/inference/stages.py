@@ -10,6 +10,8 @@ from neox.config import ModelConfig
 from neox.inference.cache import KVCache
 from neox.model.block import TransformerLayer
 from neox.model.gpt import Embedding, FinalNorm, LocalLayers
+from neox.model.loss import CHUNK_BYTES, score_targets_
+from neox.model.packing import Packing
 from neox.parallel.groups import ProcessGroups
 from neox.parallel.layers import gather_from_tensor_parallel
 
@@ -73,19 +75,72 @@ class InferenceModel:
         `last_only` the logits are those of the last position, [B, 1, V]: all that decoding needs
         of a prompt, whose whole logits would be S * V * 4 bytes a row.
         """
-        x = tokens_BS.to(self.device)
+        wanted = torch.tensor([tokens_BS.shape[1] - 1]) if last_only else None
+        x = self._before_head(tokens_BS, wanted, cache=cache)
+        if x is None:
+            return None
+        layer, module = self._stage[-1]
+        logits_BSV = gather_from_tensor_parallel(layer(module, x), self.groups)
+        return logits_BSV[..., : self.padded_vocab_size].float()
+
+    @torch.inference_mode()
+    def token_scores(
+        self, tokens_S: Tensor, packing: Packing, asked_K: Tensor, targets_K: Tensor
+    ) -> Tensor | None:
+        """How likely each target is behind the token that it is asked of.
+
+        float32 [K, 2]: log-probability, and 1 if the target is the likeliest. Natural logarithm;
+        the softmax is over the padded vocabulary, as in training. `asked_K` index the row
+        `tokens_S`: only those go through the output projection, each once, and few at a time.
+        None before the last stage.
+        """
+        rows_U, row_of_K = asked_K.unique(return_inverse=True)
+        x_BUH = self._before_head(tokens_S[None], rows_U, packing=packing.to(self.device))
+        if x_BUH is None:
+            return None
+        layer, module = self._stage[-1]
+        scores_K2 = torch.empty(len(asked_K), 2, device=self.device)
+        row_of_K, targets_K = row_of_K.to(self.device), targets_K.to(self.device)
+        start = 0
+        rows = max(1, CHUNK_BYTES * self.groups.tp // (4 * self.padded_vocab_size))
+        for part_BUH in x_BUH.split(rows, dim=1):
+            logits_UV = layer(module, part_BUH)[0]
+            stop = start + len(logits_UV)
+            here = ((row_of_K >= start) & (row_of_K < stop)).nonzero()[:, 0]
+            scores_K2[here] = score_targets_(
+                logits_UV,
+                row_of_K[here] - start,
+                targets_K[here],
+                self.groups,
+                self.padded_vocab_size,
+            )
+            start = stop
+        return scores_K2
+
+    def _before_head(
+        self,
+        tokens_BS: Tensor,
+        wanted: Tensor | None,
+        *,
+        cache: KVCache | None = None,
+        packing: Packing | None = None,
+    ) -> Tensor | None:
+        """The head's input, [B, S, H] or of the positions that are `wanted`, on the last stage."""
+        tokens_BS = tokens_BS.to(self.device)
+        x = tokens_BS
         if not self.groups.is_first_stage:
-            x = self._receive(*tokens_BS.shape, last_only)
+            x = self._receive(*tokens_BS.shape, wanted)
         start = cache.length if cache is not None else 0
+        positions_S = None if packing is None else packing.positions_S
         blocks = 0
-        for layer, module in self._stage:
+        for layer, module in self._stage[: -1 if self.groups.is_last_stage else None]:
             if isinstance(module, TransformerLayer):
-                x = module(x, cache.layer(blocks) if cache is not None else None)
+                x = module(x, cache.layer(blocks) if cache is not None else None, packing)
                 blocks += 1
-            elif isinstance(module, Embedding) and layer.forward is None:
-                x = module(x, start)
-            elif isinstance(module, FinalNorm) and last_only:
-                x = module(x[:, -1:])
+            elif isinstance(module, Embedding):
+                x = module(x, start, positions_S)
+            elif isinstance(module, FinalNorm) and wanted is not None:
+                x = module(x[:, wanted.to(self.device)])
             else:
                 x = layer(module, x)
         if cache is not None:
@@ -93,8 +148,7 @@ class InferenceModel:
         if not self.groups.is_last_stage:
             self._send(x)
             return None
-        logits_BSV = gather_from_tensor_parallel(x, self.groups)
-        return logits_BSV[..., : self.padded_vocab_size].float()
+        return x
 
     def broadcast(self, tensor: Tensor) -> Tensor:
         """Overwrite `tensor` on every rank of the replica with the last stage's first tp rank's.
@@ -114,11 +168,11 @@ class InferenceModel:
         to = self.groups.stage_rank(self.groups.pp_rank + 1)
         dist.send(x.contiguous(), to, group=self.groups.pp_group)
 
-    def _receive(self, batch: int, length: int, last_only: bool) -> Tensor:
+    def _receive(self, batch: int, length: int, wanted: Tensor | None) -> Tensor:
         first = self._stage[0][0].index
         norm = self.config.num_layers + 3
-        if last_only and first > norm:
-            length = 1  # the norm came before and let one position through
+        if wanted is not None and first > norm:
+            length = len(wanted)  # the norm came before and let no others through
         shape = (length, batch) if 1 < first < norm else (batch, length)
         x = torch.empty(*shape, self.config.hidden_size, dtype=self.dtype, device=self.device)
         dist.recv(x, self.groups.stage_rank(self.groups.pp_rank - 1), group=self.groups.pp_group)

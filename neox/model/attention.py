@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from neox.config import ModelConfig
 from neox.model.cpu_attention import LONGEST, causal_attention
+from neox.model.packing import Packing
 from neox.model.positions import RotaryTable, rotate_
 from neox.parallel.groups import ProcessGroups
 from neox.parallel.layers import column_linear, row_linear
@@ -60,9 +61,16 @@ class Attention(nn.Module):
         )
         self.dense = row_linear(q_size, config.hidden_size, bias, dtype, groups)
 
-    def forward(self, x_SBH: Tensor, cache: LayerCache | None = None) -> Tensor:
-        """This rank's heads' contexts, [S, B, N * D]: the input of `dense`."""
+    def forward(
+        self, x_SBH: Tensor, cache: LayerCache | None = None, packing: Packing | None = None
+    ) -> Tensor:
+        """This rank's heads' contexts, [S, B, N * D]: the input of `dense`.
+
+        With a packing, B is 1 and the row is many texts.
+        """
         qkv = self.query_key_value(x_SBH)
+        if packing is not None:
+            return self._attend_packed(qkv, packing)
         start = cache.length if cache is not None else 0
         if self.rotary is not None:
             cos, sin = self.rotary.angles(start, qkv.shape[0], like=qkv)
@@ -70,7 +78,8 @@ class Attention(nn.Module):
         q, k, v = (heads.permute(1, 2, 0, 3) for heads in self._split_heads(qkv))
         if cache is not None:
             k, v = cache.append(k, v)
-        context_BNSD = self._attend(q, k, v, start)
+        mask = self._mask(start, q.shape[2], k.shape[2], q.device)
+        context_BNSD = self._attend(q, k, v, mask)
         return context_BNSD.permute(2, 0, 1, 3).flatten(2)
 
     def _split_heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -84,9 +93,20 @@ class Attention(nn.Module):
         q, k, v = (part.view(S, B, -1, self.head_dim) for part in qkv.split(sizes, dim=-1))
         return q, k, v
 
-    def _attend(self, q_BNSD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, start: int) -> Tensor:
-        S, T = q_BNSD.shape[2], k_BKTD.shape[2]
-        mask = self._mask(start, S, T, q_BNSD.device)
+    def _attend_packed(self, qkv: Tensor, packing: Packing) -> Tensor:
+        if self.rotary is not None:
+            longest = packing.tokens_GL.shape[1]
+            cos, sin = self.rotary.angles_at(packing.positions_S, longest, like=qkv)
+            qkv = rotate_(self._split_heads, qkv, cos, sin)
+        q, k, v = (packing.spread(heads[:, 0]) for heads in self._split_heads(qkv))
+        context_GNLD = self._attend(q, k, v, packing.mask(self.window))
+        return packing.collect(context_GNLD).flatten(1)[:, None]
+
+    def _attend(
+        self, q_BNSD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, mask: Tensor | None
+    ) -> Tensor:
+        """`mask` of allowed pairs; None where plain causality, or nothing, forbids any."""
+        S = q_BNSD.shape[2]
         dropout = self.dropout if self.training else 0.0
         plain = mask is None and not dropout and self.heads == self.kv_heads
         if plain and self._trains_on_cpu(q_BNSD) and S <= LONGEST:

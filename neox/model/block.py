@@ -12,6 +12,7 @@ from neox.config import ModelConfig
 from neox.model.attention import Attention, LayerCache
 from neox.model.mlp import MLP
 from neox.model.norms import Norm, build_norm
+from neox.model.packing import Packing
 from neox.model.positions import RotaryTable
 from neox.parallel.groups import ProcessGroups
 from neox.parallel.region import TensorParallelRegion
@@ -55,15 +56,24 @@ class TransformerLayer(nn.Module):
         self.post_attention_layernorm = None if config.shares_norm else build_norm(config, dtype)
         self.mlp = MLP(config, dtype, groups)
 
-    def forward(self, x_SBH: Tensor, cache: LayerCache | None = None) -> Tensor:
+    def forward(
+        self, x_SBH: Tensor, cache: LayerCache | None = None, packing: Packing | None = None
+    ) -> Tensor:
         second_norm = self.post_attention_layernorm or self.input_layernorm
         attention = Branch(self.input_layernorm, self.attention, self.attention.dense)
         mlp = Branch(second_norm, self.mlp, self.mlp.linear2)
         if self.parallel_residual:
-            return self._add(x_SBH, (attention, mlp), cache)
-        return self._add(self._add(x_SBH, (attention,), cache), (mlp,), cache)
+            return self._add(x_SBH, (attention, mlp), cache, packing)
+        x_SBH = self._add(x_SBH, (attention,), cache, packing)
+        return self._add(x_SBH, (mlp,), cache, packing)
 
-    def _add(self, x_SBH: Tensor, branches: tuple[Branch, ...], cache: LayerCache | None) -> Tensor:
+    def _add(
+        self,
+        x_SBH: Tensor,
+        branches: tuple[Branch, ...],
+        cache: LayerCache | None,
+        packing: Packing | None,
+    ) -> Tensor:
         """x plus the branches, all of which see x."""
         # Everything replicated that is read before the sum over the ranks: each rank finds only a
         # summand of their gradients, and they are summed together in one message.
@@ -82,7 +92,7 @@ class TransformerLayer(nn.Module):
                 weights = (replica[id(weight)] for weight in norm.parameters())
                 normed[id(norm)] = norm.apply_with(whole, *weights)
             x = normed[id(norm)]
-            x_local = inner(x, cache) if isinstance(inner, Attention) else inner(x)
+            x_local = inner(x, cache, packing) if isinstance(inner, Attention) else inner(x)
             bias = replica[id(row.bias)] if isinstance(row.bias, Tensor) else None
             summand = self._drop(self._row_summand(row, x_local, bias))
             total = summand if total is None else total + summand

@@ -61,17 +61,23 @@ class Embedding(nn.Module):
                 config.max_position_embeddings, config.hidden_size, dtype=dtype
             )
 
-    def forward(self, tokens_BS: Tensor, start: int = 0) -> Tensor:
-        """`start` is the position of the first token: the number of tokens already cached."""
+    def forward(
+        self, tokens_BS: Tensor, start: int = 0, positions_S: Tensor | None = None
+    ) -> Tensor:
+        """`start` is the position of the first token: the number of tokens already cached.
+
+        `positions_S` gives every token's, where they do not follow each other.
+        """
         summand = self.region.splits_sequence
         if summand:
             x_BSH = self.word_embeddings(tokens_BS, reduce=False)
         else:
             x_BSH = self.word_embeddings(tokens_BS)
         if self.position_embeddings is not None:
-            stop = start + tokens_BS.shape[1]
-            positions = torch.arange(start, stop, device=tokens_BS.device)
-            positions_SH = self.position_embeddings(positions)
+            if positions_S is None:
+                stop = start + tokens_BS.shape[1]
+                positions_S = torch.arange(start, stop, device=tokens_BS.device)
+            positions_SH = self.position_embeddings(positions_S)
             x_BSH = x_BSH + (self.region.share(positions_SH) if summand else positions_SH)
         return F.dropout(x_BSH, self.dropout, self.training) if self.dropout else x_BSH
 

@@ -132,6 +132,42 @@ def _softmax_parts(
     return losses_T, (largest[:, 0] - top_T).exp() / sum_T
 
 
+def score_targets_(
+    logits_UV: Tensor, rows_K: Tensor, targets_K: Tensor, groups: ProcessGroups, vocab: int
+) -> Tensor:
+    """Of each target in its row of logits, [log-probability, 1 if no other is likelier]: [K, 2].
+
+    `logits_UV` is this rank's slice and is overwritten. `targets_K` and `vocab` count over all of
+    the (padded) vocabulary; where tp does not divide it, the last slice's further rows are none of
+    it. Of equal logits the first is the likeliest. Collective over the tp group: one message.
+    """
+    first = groups.tp_rank * logits_UV.shape[1]
+    logits_UV = logits_UV[:, : vocab - first].float()
+    targets_K = targets_K - first
+    mine = (targets_K >= 0) & (targets_K < logits_UV.shape[1])
+    local_K = targets_K.where(mine, 0)
+    asked_K = logits_UV[rows_K, local_K].where(mine, 0.0)
+    largest_U = logits_UV.amax(dim=1)
+    likeliest_K = mine & (asked_K == largest_U[rows_K])
+    for k in likeliest_K.nonzero()[:, 0].tolist():  # another may be as likely, and come before
+        likeliest_K[k] = logits_UV[rows_K[k]].argmax() == local_K[k]
+    total_U = logits_UV.sub_(largest_U[:, None]).exp_().sum(dim=1)
+    local_K4 = torch.stack([largest_U[rows_K], total_U[rows_K], asked_K, likeliest_K.float()], 1)
+    if groups.tp == 1:
+        largest_K, total_K, asked_K, likeliest = local_K4.unbind(1)
+        return torch.stack([asked_K - largest_K - total_K.log(), likeliest], 1)
+    ranks = [torch.empty_like(local_K4) for _ in range(groups.tp)]
+    dist.all_gather(ranks, local_K4, group=groups.tp_group)
+    largest_RK, total_RK, asked_RK, likeliest_RK = torch.stack(ranks).unbind(dim=2)
+    top_K = largest_RK.amax(dim=0)
+    sum_K = (total_RK * (largest_RK - top_K).exp()).sum(dim=0)
+    # The likeliest token is that of the first rank that has the largest logit.
+    order_R1 = torch.arange(groups.tp, device=top_K.device)[:, None]
+    first_K = order_R1.where(largest_RK == top_K, groups.tp - 1).amin(dim=0)
+    likeliest = likeliest_RK.gather(0, first_K[None])[0]
+    return torch.stack([asked_RK.sum(dim=0) - top_K - sum_K.log(), likeliest], 1)
+
+
 def _subtract_targets(grad_TV: Tensor, labels_T1: Tensor, shares_T: Tensor) -> None:
     """The gradient of -log p is p, less 1 at the label where that is in this rank's slice."""
     mine = (labels_T1 >= 0) & (labels_T1 < grad_TV.shape[1])

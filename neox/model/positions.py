@@ -27,11 +27,16 @@ class RotaryTable:
 
     def angles(self, start: int, length: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin, each [length, rotary_dim], from position `start` on; dtype as `like`."""
-        stop = start + length
+        return self._take(slice(start, start + length), start + length, like)
+
+    def angles_at(self, positions_S: Tensor, longest: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """`angles` of any positions, all below `longest`."""
+        return self._take(positions_S, longest, like)
+
+    def _take(self, which: slice | Tensor, stop: int, like: Tensor) -> tuple[Tensor, Tensor]:
         if self._cos_TD.shape[0] < stop or self._cos_TD.device != like.device:
             self._grow(max(stop, 2 * self._cos_TD.shape[0]), like.device)
-        cos, sin = self._cos_TD[start:stop], self._sin_TD[start:stop]
-        return cos.to(like.dtype), sin.to(like.dtype)
+        return self._cos_TD[which].to(like.dtype), self._sin_TD[which].to(like.dtype)
 
     @torch.inference_mode(False)  # training may use what an evaluation was the first to need
     def _grow(self, length: int, device: torch.device) -> None:

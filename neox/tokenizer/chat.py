@@ -23,6 +23,8 @@ class ChatTemplate:
         self.folder = folder
         self.vocab_size: int = len(tokenizer)
         self.eos: int | None = tokenizer.eos_token_id
+        self.source = str(tokenizer.chat_template)  # the template's own text
+        self.source: str = tokenizer.get_chat_template()
         self._tokenizer = tokenizer
 
     def write(self, turns: Sequence[dict[str, Any]], next_speaks: bool) -> str:
@@ -30,12 +32,24 @@ class ChatTemplate:
 
         DataError: the template refuses the conversation.
         """
+        return self._render(turns, add_generation_prompt=next_speaks)
+
+    def prompt(self, turns: Sequence[dict[str, Any]], add_generation_prompt: bool = True) -> str:
+        """A conversation that the model is to continue: with an answer, or its last turn's text.
+
+        DataError: the template refuses the conversation.
+        """
+        return self._render(
+            turns,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+        )
+
+    def _render(self, turns: Sequence[dict[str, Any]], **options: bool) -> str:
         from jinja2 import TemplateError
 
         try:
-            return self._tokenizer.apply_chat_template(
-                list(turns), tokenize=False, add_generation_prompt=next_speaks
-            )
+            return self._tokenizer.apply_chat_template(list(turns), tokenize=False, **options)
         except (TemplateError, TypeError, ValueError, KeyError) as error:
             raise DataError(f"the chat template does not take these turns ({error})") from None
 
@@ -51,8 +65,8 @@ def load_chat_template(folder: str) -> ChatTemplate:
     """DataError when the folder has no tokenizer that needs no code, or no chat template."""
     if not Path(folder).is_dir():
         raise DataError(
-            f"--tokenizer-path {folder} is no folder; a folder with tokenizer.json and "
-            "tokenizer_config.json is needed (tools/fetch.py brings one from the hub)"
+            f"{folder} is no folder; a chat template comes from one with tokenizer.json and "
+            "tokenizer_config.json (tools/fetch.py brings one from the hub)"
         )
     from transformers import AutoTokenizer
 

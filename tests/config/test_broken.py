@@ -552,6 +552,19 @@ CASES = [
         without=("data_path", "train_iters"),
     ),
     Case(
+        "turns without a template",
+        "fewshot_as_multiturn: true",
+        "a.yml:1: fewshot_as_multiturn is true, but only a chat template has turns. Set "
+        "apply_chat_template: true as well.",
+    ),
+    Case(
+        "tasks from nowhere",
+        "include_path: chekpoints\neval_tasks: [mine]",
+        'a.yml:1: include_path is "chekpoints", but there is no such folder. Did you mean '
+        '"checkpoints"?',
+        purpose="evaluate",
+    ),
+    Case(
         "labels without their texts",
         "train_label_data_paths: [data/text_document]",
         "a.yml:1: train_label_data_paths is given, but train_data_paths is missing. Labels go with "

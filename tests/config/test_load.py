@@ -424,6 +424,12 @@ BLEND = {f"{split}_data_paths": ["a"] for split in ("train", "valid", "test")}
         (BLEND | {"weight_by_num_documents": True, "weighted_sampler_alpha": 0.5}, ""),
         ({"allow_chopped": False}, "which does nothing: pack_impl: packed always cuts"),
         ({"allow_chopped": False, "pack_impl": "unpacked"}, ""),
+        ({"eval_own_documents": True}, "which does nothing: only the files of eval_data_dir are"),
+        ({"include_path": "own"}, "which does nothing: only eval_tasks names its tasks"),
+        ({"chat_template_path": "a"}, "does nothing: only apply_chat_template: true reads it"),
+        ({"eval_own_documents": True, "eval_data_dir": "demo"}, ""),
+        ({"include_path": "own", "eval_tasks": ["mine"]}, ""),
+        ({"chat_template_path": "a", "apply_chat_template": True}, ""),
     ],
 )
 def test_keys_that_do_nothing_beside_others(
@@ -449,6 +455,32 @@ def test_files_are_looked_for_by_the_purpose_that_needs_them(tmp_path: Path) -> 
     assert missing("train") == {"data_path", "vocab_file", "merge_file"}
     assert missing("generate") == {"vocab_file", "merge_file", "load", "sample_input_file"}
     assert missing("evaluate") == {"vocab_file", "merge_file", "load"}
+
+
+def test_what_tasks_read_is_looked_for_by_whoever_evaluates_them(run_folder: Path) -> None:
+    keys = ("eval_data_dir", "include_path", "chat_template_path")
+    write(run_folder / "a.yml", "\n".join(f"{key}: {key}" for key in keys))
+
+    def missing(purpose: str, **values: Any) -> list[str]:
+        overrides = {key: Override(value, "--set") for key, value in values.items()}
+        config = load_config([Path("a.yml")], overrides)
+        return [p.message for p in check_files(config, purpose) if p.key in keys]
+
+    asked = {"eval_tasks": ["mine"], "apply_chat_template": True}
+    assert missing("train", apply_chat_template=True) == []
+    assert len(missing("evaluate")) == 2
+    for purpose in ("train", "evaluate"):
+        assert missing(purpose, **asked) == [
+            f'{key} is "{key}", but there is no such folder.' for key in keys
+        ]
+    for key in keys:
+        (run_folder / key).mkdir()
+    assert missing("evaluate", **asked) == missing("train", **asked) == []
+    (run_folder / "include_path").rmdir()
+    (run_folder / "include_path").touch()
+    assert missing("evaluate", **asked) == [
+        'include_path is "include_path", but that is a file. Name a folder.'
+    ]
 
 
 def test_training_may_start_without_a_checkpoint(run_folder: Path) -> None:

@@ -26,6 +26,7 @@ def folder(tmp_path: Path) -> Path:
         "split": "1,0,0",
         "eval_interval": 2,
         "eval_data_dir": str(ROOT / "configs/demo_eval"),
+        "eval_own_documents": True,
         "log_dir": "logs",
     }
     (tmp_path / "model.yml").write_text(json.dumps(values))

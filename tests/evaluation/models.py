@@ -13,6 +13,7 @@ from neox.config import NeoXConfig, from_dict
 from neox.inference.stages import InferenceModel
 from neox.model.gpt import Layer, build_layers, layers
 from neox.model.init import initialize
+from neox.model.packing import Packing
 from neox.parallel.groups import ProcessGroups
 from neox.tokenizer import Tokenizer, load_tokenizer
 from tests import small_tokenizer
@@ -65,7 +66,7 @@ class Stateless:
     def __init__(self, settings: NeoXConfig | None = None) -> None:
         self.config = settings or config()
         self.groups = ProcessGroups.single()
-        self.rows: list[list[int]] = []  # what it was asked, padding included
+        self.rows: list[list[int]] = []  # what it was asked
 
     def logits(self, tokens_BS: Tensor) -> Tensor:
         raise NotImplementedError
@@ -81,11 +82,36 @@ class Stateless:
             logits_BSV = self.logits(torch.cat(cache, dim=1))[:, -tokens_BS.size(1) :]
         return logits_BSV[:, -1:] if last_only else logits_BSV
 
+    def token_scores(
+        self, tokens_S: Tensor, packing: Packing, asked_K: Tensor, targets_K: Tensor
+    ) -> Tensor:
+        """Every text of the row by itself: up to an asked token that is in front of no other."""
+        scores_K2 = torch.full((len(asked_K), 2), torch.nan)
+        done: dict[int, Tensor] = {}
+        for token in sorted(set(asked_K.tolist()), key=lambda i: -int(packing.positions_S[i])):
+            if token not in done:
+                path = path_of(packing, token)
+                self.rows.append(tokens_S[path].tolist())
+                done |= dict(zip(path, self.logits(tokens_S[path][None])[0], strict=True))
+        for k, (token, target) in enumerate(zip(asked_K.tolist(), targets_K.tolist(), strict=True)):
+            log_probabilities_V = done[token].double().log_softmax(-1)
+            scores_K2[k, 0] = log_probabilities_V[target]
+            scores_K2[k, 1] = float(log_probabilities_V.argmax() == target)
+        return scores_K2
+
     def new_cache(self, batch_size: int, max_length: int) -> list[Tensor]:
         return []
 
     def broadcast(self, tensor: Tensor) -> Tensor:
         return tensor
+
+
+def path_of(packing: Packing, token: int) -> list[int]:
+    """The tokens of a row that one of them sees, itself the last."""
+    group, place = divmod(int(packing.places_S[token]), packing.tokens_GL.shape[1])
+    if packing.sees_GLL is None:
+        return packing.tokens_GL[group, : place + 1].tolist()
+    return packing.tokens_GL[group][packing.sees_GLL[group, place]].tolist()
 
 
 class FromTransformers(Stateless):

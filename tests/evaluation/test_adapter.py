@@ -43,8 +43,15 @@ def model() -> InferenceModel:
     return models.random_model()
 
 
-def adapter(model: Any, tokenizer: Tokenizer, batch_size: int = 4) -> NeoXLM:
-    return NeoXLM(model, tokenizer, batch_size=batch_size, seed=1234)
+def adapter(model: Any, tokenizer: Tokenizer, batch_size: int | None = 4) -> NeoXLM:
+    return NeoXLM(
+        lambda: model,
+        tokenizer,
+        model.groups,
+        model.config.seq_length,
+        batch_size=batch_size,
+        seed=1234,
+    )
 
 
 def instances(kind: str, arguments: list[tuple[Any, ...]]) -> list[Instance]:
@@ -75,7 +82,7 @@ def test_scores_are_those_of_one_token_after_another(model, tokenizer):
         assert greedy is expected_greedy, pair
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 7, 100])
+@pytest.mark.parametrize("batch_size", [1, 2, 7, 100, None])
 def test_scores_do_not_depend_on_the_batch_size(model, tokenizer, batch_size):
     expected = score(adapter(model, tokenizer, 4), PAIRS)
     got = score(adapter(model, tokenizer, batch_size), PAIRS)
@@ -91,7 +98,7 @@ def test_the_greedy_continuation_is_called_greedy(model, tokenizer):
         tokens.append(int(model(torch.tensor([tokens]))[0, -1].argmax()))
     other = [*tokens[:-1], (tokens[-1] + 1) % 280]
     pairs = [(tokens[:prompt], tokens[prompt:]), (other[:prompt], other[prompt:])]
-    assert [greedy for _, greedy in lm._score(pairs)] == [True, False]
+    assert [greedy for _, greedy in lm._score(pairs, ["a", "b"])] == [True, False]
 
 
 @pytest.mark.parametrize(
@@ -145,10 +152,10 @@ def test_long_contexts_lose_their_beginning(tokenizer):
 
 def test_equal_inputs_are_computed_once_and_score_exactly_the_same(model, tokenizer):
     class Counting(models.Stateless):
-        logits = staticmethod(model)
+        logits = staticmethod(model.__call__)
 
     counting = Counting()
-    pairs = [("It was the", " x"), ("It was the", " x"), ("It was the best of all", " the")] * 5
+    pairs = [("It was the", " x"), ("It was the", " y"), ("He had the best of all", " the")] * 5
     got = score(adapter(counting, tokenizer, 2), pairs)
     assert len(counting.rows) == 2
     assert got == got[:3] * 5
@@ -280,7 +287,7 @@ def test_replicas_share_the_work_and_the_answers(world, model, tokenizer, tmp_pa
         2, on_replicas, tmp_path
     )
     assert [first, first_rolling, first_texts] == second
-    assert rows0 + rows1 == len(PAIRS) and abs(rows0 - rows1) == 1
+    assert rows0 + rows1 <= len(PAIRS) and min(rows0, rows1) >= 3
     lm = adapter(model, tokenizer)
     expected = score(lm, PAIRS)
     assert [s for s, _ in first] == pytest.approx([s for s, _ in expected], abs=1e-5)

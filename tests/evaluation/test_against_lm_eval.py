@@ -13,7 +13,8 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
 from neox.evaluation.adapter import NeoXLM
-from neox.evaluation.run import evaluate, tracker_metrics
+from neox.evaluation.results import tracker_metrics
+from neox.evaluation.run import evaluate
 from neox.evaluation.tasks import load_tasks
 from neox.parallel.groups import ProcessGroups
 from tests import small_tokenizer
@@ -58,7 +59,7 @@ def theirs(gpt_neox: Any, tmp_path_factory: pytest.TempPathFactory) -> HFLM:
 def ours(gpt_neox: Any, tmp_path_factory: pytest.TempPathFactory) -> NeoXLM:
     model = models.FromTransformers(gpt_neox, models.config(**SETTINGS))
     tokenizer = models.tokenizer(tmp_path_factory.mktemp("ours"))
-    return NeoXLM(model, tokenizer, batch_size=2, seed=1234)
+    return NeoXLM(lambda: model, tokenizer, model.groups, SEQ_LENGTH, batch_size=2, seed=1234)
 
 
 def instances(kind: str, arguments: list[tuple[Any, ...]]) -> list[Instance]:
@@ -115,9 +116,10 @@ def test_scores_of_tasks(ours, theirs, tmp_path, num_fewshot):
         **SETTINGS,
         eval_tasks=["lambada", "piqa"],
         eval_data_dir=str(tmp_path),
+        eval_own_documents=True,
         num_fewshot=num_fewshot,
     )
-    got = evaluate(settings, ours.model, ours.tokenizer, ProcessGroups.single())
+    got = evaluate(settings, lambda: ours.model, ours.tokenizer, ProcessGroups.single())
     tasks = load_tasks(settings)
     expected = evaluator.evaluate(theirs, tasks, bootstrap_iters=10_000)
     assert got["n_docs"] == {"lambada_openai": 40, "piqa": 40}

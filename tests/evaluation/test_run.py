@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from neox.errors import ConfigError
-from neox.evaluation import run
+from neox.evaluation import published, run
+from neox.evaluation import results as report
 from neox.parallel.groups import ProcessGroups
 from neox.tokenizer import Tokenizer
 from tests.evaluation import models
@@ -40,8 +41,9 @@ def right_answers() -> list[str]:
 
 
 def evaluate(model: Any, tokenizer: Tokenizer, **values: Any) -> dict[str, Any]:
-    settings = models.config(**{"eval_data_dir": str(DEMO)} | LONG | values)
-    return run.evaluate(settings, model, tokenizer, ProcessGroups.single())
+    data = {"eval_data_dir": str(DEMO), "eval_own_documents": True}
+    settings = models.config(**data | LONG | values)
+    return run.evaluate(settings, lambda: model, tokenizer, ProcessGroups.single())
 
 
 def wise(tokenizer: Tokenizer, texts: list[str]) -> models.Wise:
@@ -56,7 +58,7 @@ def results(tokenizer) -> dict[str, Any]:
 
 
 def test_known_scores(results, tokenizer):
-    values = run.tracker_metrics(results)
+    values = report.tracker_metrics(results)
     assert set(values) == {
         f"eval/{name}{suffix}"
         for name in ("lambada_openai_acc", "lambada_openai_perplexity", "piqa_acc", "piqa_acc_norm")
@@ -84,13 +86,13 @@ def test_limit_is_counted_and_told(tokenizer, limit, documents):
     results = evaluate(wise(tokenizer, []), tokenizer, eval_tasks=["lambada"], limit=limit)
     assert results["n_docs"] == {"lambada_openai": documents}
     assert results["config"]["limit"] == limit
-    assert [score.documents for score in run.scores(results)] == [documents] * 2
+    assert [score.documents for score in report.scores(results)] == [documents] * 2
 
 
 def test_the_conditions_are_told(results):
     assert results["config"] | {"device": "cpu"} == results["config"]
     assert results["config"]["model"] == "neox"
-    assert results["config"]["batch_size"] == 4
+    assert results["config"]["batch_size"] == "auto"
     assert results["config"]["seed"] == 77
     assert results["config"]["precision"] == "float32"
     assert results["config"]["bootstrap_iters"] == 10_000
@@ -107,26 +109,34 @@ def test_the_conditions_are_told(results):
 @pytest.mark.parametrize("prefix", ["", "iteration_26000"])
 def test_results_file(results, tmp_path, monkeypatch, prefix):
     monkeypatch.chdir(tmp_path)
-    path = run.write_results(results, prefix)
-    assert [p.name for p in tmp_path.iterdir()] == [str(path)]
+    path = report.write_results(results, prefix)
     start = f"{prefix}_" if prefix else ""
     assert re.fullmatch(start + r"eval_results_\d\d-\d\d-\d{4}-\d\d-\d\d-\d\d\.json", str(path))
     written = json.loads(path.read_text())
     assert written["n_docs"] == results["n_docs"]
-    assert written["results"] == results["results"]
-    assert written["results"]["lambada_openai"]["acc,none"] == 0.75
+    assert written["results"] == report.with_old_names(results["results"])
+    lambada, piqa = (written["results"][task] for task in ("lambada_openai", "piqa"))
+    assert lambada["acc,none"] == lambada["acc"] == 0.75
+    assert lambada["ppl"] == lambada["perplexity,none"]
+    assert lambada["ppl_stderr"] == lambada["perplexity_stderr,none"]
+    assert piqa["acc_norm"] == piqa["acc_norm,none"] == 1.0
+    files = {task: tmp_path / name for task, name in written["samples"].items()}
+    assert {*files.values(), tmp_path / path} == set(tmp_path.iterdir())
+    samples = [json.loads(line) for line in files["piqa"].read_text().splitlines()]
+    assert [sample["doc_id"] for sample in samples] == list(range(40))
+    assert all(sample["acc"] == 1.0 and len(sample["resps"]) == 2 for sample in samples)
 
 
 def test_a_prefix_in_a_new_folder_makes_it_and_one_below_a_file_is_refused(tmp_path):
-    run.check_prefix(str(tmp_path / "new" / "x"))
+    report.check_prefix(str(tmp_path / "new" / "x"))
     assert (tmp_path / "new").is_dir()
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match=r"eval_results_prefix is .* cannot be written to .*file"):
-        run.check_prefix(str(tmp_path / "file" / "x"))
+        report.check_prefix(str(tmp_path / "file" / "x"))
 
 
 def test_table(results):
-    header, *rows = [line.split() for line in run.table(results).splitlines()]
+    header, *rows = [line.split() for line in report.table(results).splitlines()]
     assert header == ["task", "metric", "value", "stderr", "documents"]
     assert [row[:2] for row in rows] == [
         ["lambada_openai", "perplexity"],
@@ -135,13 +145,39 @@ def test_table(results):
         ["piqa", "acc_norm"],
     ]
     assert rows[1][2:] == ["0.7500", "0.0693", "40"]
-    assert len({len(line) for line in run.table(results).splitlines()}) == 1
+    assert len({len(line) for line in report.table(results).splitlines()}) == 1
+
+
+def test_table_with_what_was_published(results):
+    model = published.Published(
+        "some-model",
+        (1, 1, 1),
+        0,
+        "somewhere",
+        {("lambada_openai", "acc"): "0.74", ("piqa", "acc"): "0.5"},
+    )
+    own = report.published_beside(results, model)
+    assert own["figures"] == {}  # these documents are the demo's
+    data = {task: {"published": True} for task in ("lambada_openai", "piqa")}
+    ours = {**results, "data": data}
+    ours["published"] = report.published_beside(ours, model)
+    header, *rows = [line.split() for line in report.table(ours).splitlines()]
+    assert header[-1] == "some-model"
+    assert rows[1][4:] == ["40", "0.74", "agrees"]
+    assert rows[2][4:] == ["40", "0.5", "differs"]  # no document is wrong: there is no error
+    assert rows[0][4:] == ["40"]
+    for other in (
+        {"n-shot": {"lambada_openai": 1, "piqa": 1}},
+        {"n-samples": {t: {"original": 41, "effective": 40} for t in data}},
+        {"config": {**results["config"], "apply_chat_template": True}},
+    ):
+        assert report.published_beside({**ours, **other}, model)["figures"] == {}
 
 
 def test_table_of_a_part_and_of_a_large_number():
     values = {"sample_len": 7, "perplexity,none": 9.876e10, "perplexity_stderr,none": 0.5}
     results = {"results": {"t": values}, "n-samples": {"t": {"original": 70, "effective": 7}}}
-    line = run.table(results).splitlines()[1]
+    line = report.table(results).splitlines()[1]
     assert line.split() == ["t", "perplexity", "9.876e+10", "0.5000", "7", "of", "70"]
 
 
@@ -149,11 +185,11 @@ def test_a_filter_s_name_goes_behind_the_metric_s():
     values = {"alias": "gsm8k", "sample_len": 7, "exact_match,strict-match": 0.5}
     values |= {"exact_match_stderr,strict-match": "N/A", "acc,none": 0.25}
     results = {"results": {"gsm8k": values}}
-    assert run.scores(results) == [
-        run.Score("gsm8k", "exact_match_strict-match", 0.5, None, 7),
-        run.Score("gsm8k", "acc", 0.25, None, 7),
+    assert report.scores(results) == [
+        report.Score("gsm8k", "exact_match_strict-match", 0.5, None, 7),
+        report.Score("gsm8k", "acc", 0.25, None, 7),
     ]
-    assert run.tracker_metrics(results) == {
+    assert report.tracker_metrics(results) == {
         "eval/gsm8k_exact_match_strict-match": 0.5,
         "eval/gsm8k_acc": 0.25,
     }
@@ -162,5 +198,6 @@ def test_a_filter_s_name_goes_behind_the_metric_s():
 def test_the_console_gets_our_lines_only(tokenizer, capfd):
     evaluate(wise(tokenizer, []), tokenizer, eval_tasks=["lambada"])
     out, err = capfd.readouterr()
-    assert out == f"lambada_openai: 40 documents in {DEMO / 'lambada' / 'lambada_test.jsonl'}\n"
+    path = DEMO / "lambada" / "lambada_test.jsonl"
+    assert out == f"lambada_openai: 40 documents in {path}, not the published ones\n"
     assert err == ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -11,14 +12,15 @@ from typing import Any
 import pytest
 
 from neox.errors import ConfigError, DataError
-from neox.evaluation.tasks import load_tasks, match_names
+from neox.evaluation.tasks import load_tasks, local_data, match_names
+from tests import small_tokenizer
 from tests.evaluation import models
 
 DEMO = Path(__file__).parents[2] / "configs" / "demo_eval"
 
 
 def load(**values: Any) -> dict[str, Any]:
-    values = {"eval_data_dir": str(DEMO)} | values
+    values = {"eval_data_dir": str(DEMO), "eval_own_documents": True} | values
     return load_tasks(models.config(**values))["tasks"]
 
 
@@ -56,6 +58,26 @@ def test_piqa_s_prompts_and_metrics_are_lm_eval_s():
     assert sorted(labels) == [0] * 20 + [1] * 20
 
 
+def test_whether_the_documents_are_those_published_is_asked_and_told():
+    with pytest.raises(DataError, match=r"lambada_test.jsonl is incomplete: .* eval_own_documents"):
+        load(eval_tasks=["lambada"], eval_own_documents=False)
+    data = local_data(load(eval_tasks=["piqa"])["piqa"])
+    assert data is not None
+    assert data.facts()["file"] == str(DEMO / "piqa" / "valid.jsonl")
+    assert not data.facts()["published"]
+    assert set(data.facts()["sha256"]) == {"valid.jsonl", "valid-labels.lst"}
+
+
+def test_a_system_instruction_and_a_chat_template_must_make_a_prompt(tmp_path):
+    small_tokenizer.write(tmp_path)
+    template = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}{% endfor %}"
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    values = {"apply_chat_template": True, "system_instruction": "Choose."}
+    task = load(eval_tasks=["piqa"], vocab_file=str(tmp_path / "tokenizer.json"), **values)["piqa"]
+    start = "[system] Choose.[user] Question: How do you"
+    assert task.instances[0].args[0].startswith(start)
+
+
 def test_tasks_come_in_the_order_asked_for_and_once():
     assert list(load(eval_tasks=["piqa", "lambada", "lambada_openai"])) == [
         "piqa",
@@ -85,7 +107,7 @@ def test_damage_matters_to_those_who_ask_for_the_task(tmp_path):
 def test_the_console_gets_our_lines_only(capsys):
     load(eval_tasks=["piqa"])
     out, err = capsys.readouterr()
-    assert out == f"piqa: 40 documents in {DEMO / 'piqa' / 'valid.jsonl'}\n"
+    assert out == f"piqa: 40 documents in {DEMO / 'piqa' / 'valid.jsonl'}, not the published ones\n"
     assert err == ""
 
 

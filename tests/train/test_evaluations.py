@@ -29,7 +29,12 @@ from tests.models import BASE
 from tests.world import World
 
 DEMO = str(Path(__file__).parents[2] / "configs/demo_eval")
-TASKS = {"eval_tasks": ["lambada", "piqa"], "eval_data_dir": DEMO, "limit": 5}
+TASKS = {
+    "eval_tasks": ["lambada", "piqa"],
+    "eval_data_dir": DEMO,
+    "eval_own_documents": True,
+    "limit": 5,
+}
 NAMES = ("lambada_openai_perplexity", "lambada_openai_acc", "piqa_acc", "piqa_acc_norm")
 
 
