@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import tempfile
 from collections.abc import Iterator
 
 import pytest
@@ -11,6 +13,10 @@ from tests.world import World
 
 # A shell that starts us in the background has Ctrl-C ignored, also by all that we start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# Answers of evaluations are kept nowhere else, and not from one session to the next.
+_CACHE = tempfile.TemporaryDirectory(prefix="neox-cache-")
+os.environ["NEOX_CACHE"] = _CACHE.name
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import socket
 from pathlib import Path
 from typing import Any
@@ -242,6 +243,18 @@ def test_a_definition_that_makes_no_task(own, no_network, capfd, change, message
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
     assert capfd.readouterr().err == ""
+
+
+def test_damaged_documents_are_one_line(own, caplog):
+    """datasets logs what it found before it raises, to a stream of its own."""
+    (own / "sums.jsonl").write_text('{"sum": \n{"result"}\n')
+    logging.getLogger("datasets").addHandler(caplog.handler)
+    try:
+        with pytest.raises(DataError, match=r"makes no task \(ArrowInvalid: JSON parse error"):
+            load(own, "sums")
+    finally:
+        logging.getLogger("datasets").removeHandler(caplog.handler)
+    assert caplog.records == []
 
 
 def test_what_would_end_the_evaluation_later(own, no_network):
