@@ -65,7 +65,7 @@ class Shape:
     documents: int  # per turn
 
 
-FULL = Shape("70M", 6, 512, 8, 50304, rounds=7, documents=96)
+FULL = Shape("70M", 6, 512, 8, 50304, rounds=7, documents=384)
 QUICK = Shape("tiny", 2, 128, 4, 8192, rounds=5, documents=16)
 
 Scores = list[tuple[float, bool]]

@@ -174,6 +174,7 @@ def write_run(folder: Path, processes: int, steps: int, quick: bool) -> None:
         values |= {
             "eval_tasks": ["lambada", "piqa"],
             "eval_data_dir": str(ROOT / "configs/demo_eval"),
+            "eval_own_documents": True,
             "limit": 2,
         }
     (folder / "soak.yml").write_text(json.dumps(values))

@@ -135,8 +135,12 @@ class NeoXLM(LM):
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
         """The conversation as the text that a prompt begins with. DataError."""
-        assert self.chat is not None, "lm-eval asked for a chat template that nobody set"
-        return self.chat.write(chat_history, add_generation_prompt)
+        if self.chat is None:
+            raise ConfigError(
+                "a chat template is asked for and there is none: set chat_template_path to the "
+                "folder of a chat model's tokenizer"
+            )
+        return self.chat.prompt(chat_history, add_generation_prompt)
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         """The template's own text, which lm-eval records."""

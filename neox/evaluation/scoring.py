@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from tqdm import tqdm
 
 from neox.errors import CheckpointError
 from neox.evaluation.trees import Tree, passes, plant
@@ -19,19 +18,36 @@ from neox.model.packing import Packing
 Pair = tuple[list[int], list[int]]  # tokens of a context, tokens of what follows it
 Tell = Callable[[Sequence[int], Sequence[Sequence[float]]], None]  # (which pairs, their scores)
 
+# Forward passes that may be lost when the run is killed: their scores come together.
+MOST_WAITING = 8
+
 # Of a forward pass when no batch size is given: as many as matrix products are fast with.
-AUTOMATIC_TOKENS = {"cpu": 1024, "cuda": 16384}
+AUTOMATIC_TOKENS = {"cpu": 2048, "cuda": 16384}
 
 
 class NotFiniteError(CheckpointError):
     """The model computes NaN or infinity."""
 
 
+class _Pass(NamedTuple):
+    """What a forward pass found, up to the output projection.
+
+    U tokens that something is asked of, K different questions (what follows a token?), E entries
+    (a pair asks a question). `rows_K` index `hidden_UH`, `question_of_E` the questions.
+    """
+
+    hidden_UH: Tensor
+    rows_K: Tensor
+    targets_K: Tensor
+    pair_of_E: Tensor
+    question_of_E: Tensor
+
+
 class Scorer:
     """Scores pairs by one model.
 
     batch_size: inputs of a forward pass, None for as many as are fast.
-    bar: counts the inputs.
+    bar: of tqdm; counts the inputs.
     together: whether a NotFiniteError waits until every rank can raise it, for who goes on after
         it; otherwise the rank that finds a reason for it raises it at once.
     """
@@ -41,7 +57,7 @@ class Scorer:
         model: InferenceModel,
         max_length: int,
         batch_size: int | None,
-        bar: tqdm,
+        bar: Any,
         together: bool,
     ) -> None:
         self._model = model
@@ -75,16 +91,19 @@ class Scorer:
 
         # A pair belongs to one replica, the others leave zeros: the sum over replicas is exact.
         scores_P2 = torch.zeros(len(pairs), 2, dtype=torch.float64)
+        # The output projection is as large as many layers: it gets the tokens of several passes.
+        waiting: list[_Pass] = []
+        rows = 0
         for batch in passes(mine, **limits):
-            done = [i for tree in batch for text in tree.paths for i in askers[texts[text]]]
-            found = self._forward(batch, texts, askers, pairs)
-            if found is not None:
-                scores_P2.index_add_(0, *found)
-                if not self._together:
-                    _check_finite(scores_P2[done])
-                if groups.tp_rank == 0 and scores_P2[done].isfinite().all():
-                    tell(done, scores_P2[done].tolist())
+            asked = self._forward(batch, texts, askers, pairs)
+            if asked is not None:
+                waiting.append(asked)
+                rows += len(asked.hidden_UH)
+            if rows >= 4 * self._model.logit_rows or len(waiting) >= MOST_WAITING:
+                self._finish(waiting, scores_P2, tell)
+                waiting, rows = [], 0
             self._bar.update(sum(len(tree.paths) for tree in batch))
+        self._finish(waiting, scores_P2, tell)
         scores_P2 = self._model.broadcast(scores_P2.to(self._model.device))
         if groups.dp_group is not None:
             dist.all_reduce(scores_P2, group=groups.dp_group)
@@ -103,11 +122,10 @@ class Scorer:
         texts: Sequence[tuple[int, ...]],
         askers: Mapping[tuple[int, ...], Sequence[int]],
         pairs: Sequence[Pair],
-    ) -> tuple[Tensor, Tensor] | None:
-        """(pair, [log-probability, 1 if not the likeliest]) of each token that is scored.
+    ) -> _Pass | None:
+        """Some trees up to the output projection; None before the last stage.
 
-        int64 [E] and float64 [E, 2], on the last stage. A token that several pairs score is
-        computed once.
+        A token that several pairs score is computed once.
         """
         questions: dict[tuple[int, int], int] = {}  # (token of the row, the next one) -> which
         pair_of_E: list[int] = []
@@ -124,13 +142,37 @@ class Scorer:
             start += len(tree.tokens)
         tokens_S = torch.tensor([token for tree in batch for token in tree.tokens])
         asked_K, targets_K = torch.tensor(list(questions)).unbind(1)
+        wanted_U, rows_K = asked_K.unique(return_inverse=True)
         packing = Packing.of([tree.runs for tree in batch])
-        scores_K2 = self._model.token_scores(tokens_S, packing, asked_K, targets_K)
-        if scores_K2 is None:
+        hidden_UH = self._model.hidden(tokens_S, packing, wanted_U)
+        if hidden_UH is None:
             return None
-        scores_E2 = scores_K2.double().cpu()[question_of_E]
-        scores_E2[:, 1] = 1 - scores_E2[:, 1]
-        return torch.tensor(pair_of_E), scores_E2
+        of_pairs = torch.tensor(pair_of_E), torch.tensor(question_of_E)
+        return _Pass(hidden_UH, rows_K, targets_K, *of_pairs)
+
+    def _finish(self, waiting: Sequence[_Pass], scores_P2: Tensor, tell: Tell) -> None:
+        """Add the scores of every token that waits to those of its pair."""
+        if not waiting:
+            return
+        rows, questions = [0], [0]  # where each pass begins among all
+        for one in waiting:
+            rows.append(rows[-1] + len(one.hidden_UH))
+            questions.append(questions[-1] + len(one.rows_K))
+        rows_K = torch.cat([one.rows_K + at for one, at in zip(waiting, rows, strict=False)])
+        targets_K = torch.cat([one.targets_K for one in waiting])
+        hidden_UH = torch.cat([one.hidden_UH for one in waiting])
+        scores_K2 = self._model.target_scores(hidden_UH, rows_K, targets_K).double().cpu()
+        scores_K2[:, 1] = 1 - scores_K2[:, 1]
+        pair_of_E = torch.cat([one.pair_of_E for one in waiting])
+        question_of_E = torch.cat(
+            [one.question_of_E + at for one, at in zip(waiting, questions, strict=False)]
+        )
+        scores_P2.index_add_(0, pair_of_E, scores_K2[question_of_E])
+        done_D = pair_of_E.unique()
+        if not self._together:
+            _check_finite(scores_P2[done_D])
+        if self._model.groups.tp_rank == 0 and scores_P2[done_D].isfinite().all():
+            tell(done_D.tolist(), scores_P2[done_D].tolist())
 
 
 def _check_finite(scores: Tensor) -> None:

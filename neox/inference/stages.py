@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from neox.config import ModelConfig
 from neox.inference.cache import KVCache
 from neox.model.block import TransformerLayer
-from neox.model.gpt import Embedding, FinalNorm, LocalLayers
-from neox.model.loss import CHUNK_BYTES, score_targets_
+from neox.model.gpt import Embedding, LocalLayers
+from neox.model.loss import CHUNK_BYTES
 from neox.model.packing import Packing
 from neox.parallel.groups import ProcessGroups
 from neox.parallel.layers import gather_from_tensor_parallel
@@ -53,6 +53,11 @@ class InferenceModel:
         """Transformer layers on this rank."""
         return sum(isinstance(module, TransformerLayer) for _, module in self._stage)
 
+    @property
+    def _last_block(self) -> int:
+        """The NeoX index of the model's last transformer layer."""
+        return self.config.num_layers + 1
+
     def new_cache(self, batch_size: int, max_length: int) -> KVCache:
         """An empty cache for this rank's layers and heads."""
         return KVCache(
@@ -84,38 +89,40 @@ class InferenceModel:
         return logits_BSV[..., : self.padded_vocab_size].float()
 
     @torch.inference_mode()
-    def token_scores(
-        self, tokens_S: Tensor, packing: Packing, asked_K: Tensor, targets_K: Tensor
-    ) -> Tensor | None:
-        """How likely each target is behind the token that it is asked of.
+    def hidden(self, tokens_S: Tensor, packing: Packing, wanted_U: Tensor) -> Tensor | None:
+        """What the output projection gets, [U, H], of the tokens of a row that are wanted.
+
+        `wanted_U` are indices into the row. None before the last stage.
+        """
+        x_BUH = self._before_head(tokens_S[None], wanted_U, packing=packing.to(self.device))
+        return None if x_BUH is None else x_BUH[0]
+
+    @torch.inference_mode()
+    def target_scores(self, hidden_UH: Tensor, rows_K: Tensor, targets_K: Tensor) -> Tensor:
+        """How likely each target is behind its row of `hidden_UH`, several of which may be one.
 
         float32 [K, 2]: log-probability, and 1 if the target is the likeliest. Natural logarithm;
-        the softmax is over the padded vocabulary, as in training. `asked_K` index the row
-        `tokens_S`: only those go through the output projection, each once, and few at a time.
-        None before the last stage.
+        the softmax is over the padded vocabulary, as in training. Few logits are there at a time.
+        Collective over the last stage's tp ranks.
         """
-        rows_U, row_of_K = asked_K.unique(return_inverse=True)
-        x_BUH = self._before_head(tokens_S[None], rows_U, packing=packing.to(self.device))
-        if x_BUH is None:
-            return None
-        layer, module = self._stage[-1]
-        scores_K2 = torch.empty(len(asked_K), 2, device=self.device)
-        row_of_K, targets_K = row_of_K.to(self.device), targets_K.to(self.device)
+        head = self._stage[-1][1]
+        scores_K2 = torch.empty(len(rows_K), 2, device=self.device)
+        rows_K, targets_K = rows_K.to(self.device), targets_K.to(self.device)
         start = 0
-        rows = max(1, CHUNK_BYTES * self.groups.tp // (4 * self.padded_vocab_size))
-        for part_BUH in x_BUH.split(rows, dim=1):
-            logits_UV = layer(module, part_BUH)[0]
-            stop = start + len(logits_UV)
-            here = ((row_of_K >= start) & (row_of_K < stop)).nonzero()[:, 0]
-            scores_K2[here] = score_targets_(
-                logits_UV,
-                row_of_K[here] - start,
-                targets_K[here],
-                self.groups,
-                self.padded_vocab_size,
+        for part_UH in hidden_UH.split(self.logit_rows):
+            stop = start + len(part_UH)
+            here = ((rows_K >= start) & (rows_K < stop)).nonzero()[:, 0]
+            scores_K2[here] = head.score(
+                part_UH, rows_K[here] - start, targets_K[here], self.padded_vocab_size
             )
             start = stop
         return scores_K2
+
+    @property
+    def logit_rows(self) -> int:
+        """Positions whose logits `target_scores` has at a time; products like multiples of 64."""
+        most = max(1, CHUNK_BYTES * self.groups.tp // (4 * self.padded_vocab_size))
+        return most - most % 64 or most
 
     def _before_head(
         self,
@@ -127,6 +134,7 @@ class InferenceModel:
     ) -> Tensor | None:
         """The head's input, [B, S, H] or of the positions that are `wanted`, on the last stage."""
         tokens_BS = tokens_BS.to(self.device)
+        wanted = None if wanted is None else wanted.to(self.device)
         x = tokens_BS
         if not self.groups.is_first_stage:
             x = self._receive(*tokens_BS.shape, wanted)
@@ -135,12 +143,11 @@ class InferenceModel:
         blocks = 0
         for layer, module in self._stage[: -1 if self.groups.is_last_stage else None]:
             if isinstance(module, TransformerLayer):
-                x = module(x, cache.layer(blocks) if cache is not None else None, packing)
+                here = cache.layer(blocks) if cache is not None else None
+                x = module(x, here, packing, wanted if layer.index == self._last_block else None)
                 blocks += 1
             elif isinstance(module, Embedding):
                 x = module(x, start, positions_S)
-            elif isinstance(module, FinalNorm) and wanted is not None:
-                x = module(x[:, wanted.to(self.device)])
             else:
                 x = layer(module, x)
         if cache is not None:
@@ -170,10 +177,9 @@ class InferenceModel:
 
     def _receive(self, batch: int, length: int, wanted: Tensor | None) -> Tensor:
         first = self._stage[0][0].index
-        norm = self.config.num_layers + 3
-        if wanted is not None and first > norm:
-            length = len(wanted)  # the norm came before and let no others through
-        shape = (length, batch) if 1 < first < norm else (batch, length)
+        if wanted is not None and first > self._last_block:
+            length = len(wanted)  # the last block came before and let no others through
+        shape = (length, batch) if 1 < first < self._last_block + 2 else (batch, length)
         x = torch.empty(*shape, self.config.hidden_size, dtype=self.dtype, device=self.device)
         dist.recv(x, self.groups.stage_rank(self.groups.pp_rank - 1), group=self.groups.pp_group)
         return x

@@ -98,9 +98,10 @@ class Attention(nn.Module):
             longest = packing.tokens_GL.shape[1]
             cos, sin = self.rotary.angles_at(packing.positions_S, longest, like=qkv)
             qkv = rotate_(self._split_heads, qkv, cos, sin)
-        q, k, v = (packing.spread(heads[:, 0]) for heads in self._split_heads(qkv))
+        heads = self._split_heads(packing.spread(qkv[:, 0]))
+        q, k, v = (heads_GLND.transpose(1, 2) for heads_GLND in heads)
         context_GNLD = self._attend(q, k, v, packing.mask(self.window))
-        return packing.collect(context_GNLD).flatten(1)[:, None]
+        return packing.collect(context_GNLD.transpose(1, 2).flatten(2))[:, None]
 
     def _attend(
         self, q_BNSD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, mask: Tensor | None

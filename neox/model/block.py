@@ -15,6 +15,7 @@ from neox.model.norms import Norm, build_norm
 from neox.model.packing import Packing
 from neox.model.positions import RotaryTable
 from neox.parallel.groups import ProcessGroups
+from neox.parallel.layers import linear
 from neox.parallel.region import TensorParallelRegion
 from neox.parallel.rng import DropoutStreams
 
@@ -57,22 +58,28 @@ class TransformerLayer(nn.Module):
         self.mlp = MLP(config, dtype, groups)
 
     def forward(
-        self, x_SBH: Tensor, cache: LayerCache | None = None, packing: Packing | None = None
+        self,
+        x_SBH: Tensor,
+        cache: LayerCache | None = None,
+        packing: Packing | None = None,
+        wanted_U: Tensor | None = None,
     ) -> Tensor:
+        """With `wanted_U`, of those positions only, which the others then only serve: x_UBH."""
         second_norm = self.post_attention_layernorm or self.input_layernorm
         attention = Branch(self.input_layernorm, self.attention, self.attention.dense)
         mlp = Branch(second_norm, self.mlp, self.mlp.linear2)
         if self.parallel_residual:
-            return self._add(x_SBH, (attention, mlp), cache, packing)
-        x_SBH = self._add(x_SBH, (attention,), cache, packing)
-        return self._add(x_SBH, (mlp,), cache, packing)
+            return self._add(x_SBH, (attention, mlp), cache, packing, wanted_U)
+        x_UBH = self._add(x_SBH, (attention,), cache, packing, wanted_U)
+        return self._add(x_UBH, (mlp,))
 
     def _add(
         self,
         x_SBH: Tensor,
         branches: tuple[Branch, ...],
-        cache: LayerCache | None,
-        packing: Packing | None,
+        cache: LayerCache | None = None,
+        packing: Packing | None = None,
+        wanted_U: Tensor | None = None,
     ) -> Tensor:
         """x plus the branches, all of which see x."""
         # Everything replicated that is read before the sum over the ranks: each rank finds only a
@@ -92,12 +99,15 @@ class TransformerLayer(nn.Module):
                 weights = (replica[id(weight)] for weight in norm.parameters())
                 normed[id(norm)] = norm.apply_with(whole, *weights)
             x = normed[id(norm)]
-            x_local = inner(x, cache, packing) if isinstance(inner, Attention) else inner(x)
+            if isinstance(inner, Attention):
+                x_local = _of(inner(x, cache, packing), wanted_U)
+            else:
+                x_local = inner(_of(x, wanted_U))
             bias = replica[id(row.bias)] if isinstance(row.bias, Tensor) else None
             summand = self._drop(self._row_summand(row, x_local, bias))
             total = summand if total is None else total + summand
         assert total is not None
-        return x_SBH + self.region.leave(total)
+        return _of(x_SBH, wanted_U) + self.region.leave(total)
 
     def _row_summand(self, row: nn.Module, x_local: Tensor, bias: Tensor | None) -> Tensor:
         """Biases are added on every rank before the one sum over the ranks, by each rank its 1/tp.
@@ -106,7 +116,11 @@ class TransformerLayer(nn.Module):
         """
         if bias is not None and self.region.tp > 1:
             bias = bias / self.region.tp
-        return F.linear(x_local, row.get_parameter("weight"), bias)
+        return linear(x_local, row.get_parameter("weight"), bias)
 
     def _drop(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout, self.training) if self.dropout else x
+
+
+def _of(x_SBH: Tensor, wanted_U: Tensor | None) -> Tensor:
+    return x_SBH if wanted_U is None else x_SBH[wanted_U]

@@ -18,6 +18,8 @@ from neox.parallel.groups import ProcessGroups
 # Logits held at a time. Fewer would make the products with the projection's weight less efficient.
 CHUNK_BYTES = 128 << 20
 
+_SOFTMAX_LOGITS = 1 << 20  # of scores, at a time
+
 # A probability divided by the number of tokens is below what float16 can tell from zero, and the
 # engine's loss scale is known in the backward pass only. So until then gradients are those of the
 # sum over the tokens, or, where there are more, of this many times the mean: the projection's,
@@ -42,7 +44,10 @@ def output_loss(
     mask = loss_mask_BS.flatten().float()
     count = mask.sum().clamp(min=1.0)
     shares = mask / count  # of each token in the mean
-    scale = count.clamp(max=_LARGEST_SCALE) if torch.is_grad_enabled() else None
+    scale = None
+    if torch.is_grad_enabled():
+        small = weight_VH.dtype == torch.float16
+        scale = count.clamp(max=_LARGEST_SCALE) if small else torch.ones_like(count)
     return _OutputLoss.apply(
         x_BSH.flatten(0, 1), weight_VH, labels_BS.flatten(), shares, groups, scale
     )
@@ -100,6 +105,8 @@ class _OutputLoss(torch.autograd.Function):
         (grad_x, grad_weight, grad_scale), ctx.grads = ctx.grads, None
         assert grad_x is not None, "the loss was computed without gradients"
         factor = grad_loss / grad_scale
+        if factor.device.type == "cpu" and factor == 1:  # the usual case, and a pass less
+            return grad_x, grad_weight.to(ctx.weight_dtype), *[None] * 4
         return (
             grad_x.mul_(factor),
             grad_weight.mul_(factor).to(ctx.weight_dtype),
@@ -133,25 +140,29 @@ def _softmax_parts(
 
 
 def score_targets_(
-    logits_UV: Tensor, rows_K: Tensor, targets_K: Tensor, groups: ProcessGroups, vocab: int
+    logits_VU: Tensor, rows_K: Tensor, targets_K: Tensor, vocab: int, groups: ProcessGroups
 ) -> Tensor:
-    """Of each target in its row of logits, [log-probability, 1 if no other is likelier]: [K, 2].
+    """Of each target in its row of logits, [log-probability, 1 if no other is likelier].
 
-    `logits_UV` is this rank's slice and is overwritten. `targets_K` and `vocab` count over all of
-    the (padded) vocabulary; where tp does not divide it, the last slice's further rows are none of
-    it. Of equal logits the first is the likeliest. Collective over the tp group: one message.
+    float32 [K, 2]. `logits_VU` is this rank's slice of the vocabulary, a column for each of U
+    rows, and is overwritten. `targets_K` and `vocab` count over all of the (padded) vocabulary;
+    where tp does not divide it, the last slice's further logits are none of it. Of equal logits the
+    first is the likeliest. Collective over the tp group: one message.
     """
-    first = groups.tp_rank * logits_UV.shape[1]
-    logits_UV = logits_UV[:, : vocab - first].float()
+    first = groups.tp_rank * len(logits_VU)
+    logits_VU = logits_VU[: vocab - first].float()
     targets_K = targets_K - first
-    mine = (targets_K >= 0) & (targets_K < logits_UV.shape[1])
+    mine = (targets_K >= 0) & (targets_K < len(logits_VU))
     local_K = targets_K.where(mine, 0)
-    asked_K = logits_UV[rows_K, local_K].where(mine, 0.0)
-    largest_U = logits_UV.amax(dim=1)
+    asked_K = logits_VU[local_K, rows_K].where(mine, 0.0)
+    largest_U = logits_VU.amax(dim=0)
     likeliest_K = mine & (asked_K == largest_U[rows_K])
     for k in likeliest_K.nonzero()[:, 0].tolist():  # another may be as likely, and come before
-        likeliest_K[k] = logits_UV[rows_K[k]].argmax() == local_K[k]
-    total_U = logits_UV.sub_(largest_U[:, None]).exp_().sum(dim=1)
+        likeliest_K[k] = logits_VU[:, rows_K[k]].argmax() == local_K[k]
+    # Some megabytes at a time, which stay in the processor's cache from one operation to the next.
+    total_U = torch.zeros_like(largest_U)
+    for part_VU in logits_VU.split(max(1, _SOFTMAX_LOGITS // len(largest_U))):
+        total_U += part_VU.sub_(largest_U).exp_().sum(dim=0)
     local_K4 = torch.stack([largest_U[rows_K], total_U[rows_K], asked_K, likeliest_K.float()], 1)
     if groups.tp == 1:
         largest_K, total_K, asked_K, likeliest = local_K4.unbind(1)

@@ -1,6 +1,6 @@
 """Many texts in one row, each of which sees only itself; what they begin with alike, only once.
 
-Shapes: S tokens of the row, G groups, L places in the longest group, N heads, D head size. A group
+Shapes: S tokens of the row, G groups, L places in the longest group, F numbers of a token. A group
 is one text, or a tree of texts that begin alike: a token follows another and sees that one and all
 that it sees. Everything but attention treats tokens one by one and needs none of this.
 """
@@ -60,13 +60,13 @@ class Packing:
             self.positions_S.to(device), self.tokens_GL.to(device), self.places_S.to(device), sees
         )
 
-    def spread(self, x_SND: Tensor) -> Tensor:
-        """By groups, as attention wants it: [G, N, L, D]. Places behind a group's end hold junk."""
-        return x_SND[self.tokens_GL].transpose(1, 2)
+    def spread(self, x_SF: Tensor) -> Tensor:
+        """By groups, as attention wants it: [G, L, F]. Places behind a group's end hold junk."""
+        return x_SF.index_select(0, self.tokens_GL.flatten()).view(*self.tokens_GL.shape, -1)
 
-    def collect(self, x_GNLD: Tensor) -> Tensor:
-        """Back into the row: [S, N, D]."""
-        return x_GNLD.transpose(1, 2).flatten(0, 1)[self.places_S]
+    def collect(self, x_GLF: Tensor) -> Tensor:
+        """Back into the row: [S, F]."""
+        return x_GLF.flatten(0, 1).index_select(0, self.places_S)
 
     def mask(self, window: int | None) -> Tensor | None:
         """[G, 1, L, L] of allowed pairs, or None for plain causality.

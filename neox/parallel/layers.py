@@ -11,14 +11,33 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from neox.parallel.groups import ProcessGroups
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x weight^T + bias, by the fastest product that there is.
+
+    torch multiplies float32 on a CPU by MKL, which does not use AMD's AVX-512: oneDNN, which torch
+    has too, took 0.45 of its time with 256 rows and 0.4 to 0.9 with one. It has no gradient there.
+    """
+    on_cpu = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
+    if on_cpu and _ONEDNN and not torch.is_grad_enabled():
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return F.linear(x, weight, bias)
+
+
+_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
 class Linear(nn.Linear):
     def reset_parameters(self) -> None:
         """Nothing: see the module's docstring."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
 
 
 class Embedding(nn.Embedding):

@@ -82,22 +82,22 @@ class Stateless:
             logits_BSV = self.logits(torch.cat(cache, dim=1))[:, -tokens_BS.size(1) :]
         return logits_BSV[:, -1:] if last_only else logits_BSV
 
-    def token_scores(
-        self, tokens_S: Tensor, packing: Packing, asked_K: Tensor, targets_K: Tensor
-    ) -> Tensor:
-        """Every text of the row by itself: up to an asked token that is in front of no other."""
-        scores_K2 = torch.full((len(asked_K), 2), torch.nan)
+    logit_rows = 5
+
+    def hidden(self, tokens_S: Tensor, packing: Packing, wanted_U: Tensor) -> Tensor:
+        """Logits, [U, V]: each text by itself, up to a wanted token that is in front of none."""
         done: dict[int, Tensor] = {}
-        for token in sorted(set(asked_K.tolist()), key=lambda i: -int(packing.positions_S[i])):
+        for token in sorted(wanted_U.tolist(), key=lambda i: -int(packing.positions_S[i])):
             if token not in done:
                 path = path_of(packing, token)
                 self.rows.append(tokens_S[path].tolist())
                 done |= dict(zip(path, self.logits(tokens_S[path][None])[0], strict=True))
-        for k, (token, target) in enumerate(zip(asked_K.tolist(), targets_K.tolist(), strict=True)):
-            log_probabilities_V = done[token].double().log_softmax(-1)
-            scores_K2[k, 0] = log_probabilities_V[target]
-            scores_K2[k, 1] = float(log_probabilities_V.argmax() == target)
-        return scores_K2
+        return torch.stack([done[token] for token in wanted_U.tolist()])
+
+    def target_scores(self, hidden_UH: Tensor, rows_K: Tensor, targets_K: Tensor) -> Tensor:
+        log_probabilities_KV = hidden_UH[rows_K].double().log_softmax(-1)
+        scores_K = log_probabilities_KV.gather(1, targets_K[:, None])[:, 0]
+        return torch.stack([scores_K, (log_probabilities_KV.argmax(-1) == targets_K).double()], 1)
 
     def new_cache(self, batch_size: int, max_length: int) -> list[Tensor]:
         return []

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from neox.evaluation.trees import plant
+from neox.inference import stages
 from neox.inference.stages import InferenceModel
 from neox.model.gpt import partition
 from neox.model.packing import Packing
@@ -32,8 +33,7 @@ TEXTS = [
 
 def model_of(groups: ProcessGroups, **values: Any) -> InferenceModel:
     config = config_of(**values)
-    stages = partition(config.num_layers, groups.pp)
-    mine = stages[groups.pp_rank]
+    mine = partition(config.num_layers, groups.pp)[groups.pp_rank]
     weights = {name: tensor * 4 for name, tensor in random_weights(config).items()}
     local = built(config, weights, groups)[mine.start : mine.stop]
     return InferenceModel(config, groups, local, VOCAB, torch.float32)
@@ -57,6 +57,13 @@ def questions() -> tuple[Tensor, Packing, Tensor, Tensor, list[tuple[int, int, i
     return torch.tensor(row), packing, torch.tensor(asked), torch.tensor(targets), told
 
 
+def scores(model: InferenceModel, arguments: tuple[Tensor, Packing, Tensor, Tensor]) -> Any:
+    tokens_S, packing, asked_K, targets_K = arguments
+    wanted_U, rows_K = asked_K.unique(return_inverse=True)
+    hidden_UH = model.hidden(tokens_S, packing, wanted_U)
+    return None if hidden_UH is None else model.target_scores(hidden_UH, rows_K, targets_K)
+
+
 def one_by_one(model: InferenceModel, told: list[tuple[int, int, int]]) -> Tensor:
     scores = []
     for text, place, target in told:
@@ -71,16 +78,24 @@ def one_by_one(model: InferenceModel, told: list[tuple[int, int, int]]) -> Tenso
 def test_every_architecture(architecture: str) -> None:
     model = model_of(ProcessGroups.single(), **ARCHITECTURES[architecture])
     *arguments, told = questions()
-    got = model.token_scores(*arguments)
+    got = scores(model, arguments)
     assert_close(got, one_by_one(model, told), rtol=1e-5, atol=2e-5)
     assert len(got[:, 0].unique()) > 40
+
+
+def test_few_logits_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of(ProcessGroups.single())
+    *arguments, told = questions()
+    monkeypatch.setattr(stages, "CHUNK_BYTES", 7 * 4 * VOCAB)
+    assert model.logit_rows == 7
+    assert_close(scores(model, arguments), one_by_one(model, told), rtol=1e-5, atol=2e-5)
 
 
 def on_a_grid(rank: int, topology: Topology, values: dict[str, Any]) -> Tensor | None:
     groups = initialize(topology, "gloo", torch.device("cpu"))
     model = model_of(groups, **values)
     *arguments, _ = questions()
-    return model.token_scores(*arguments)
+    return scores(model, arguments)
 
 
 @pytest.mark.parametrize("architecture", ["neox", "tied", "learned"])
@@ -115,5 +130,6 @@ def scores_of_equals(rank: int, tp: int, equal: tuple[int, int]) -> Tensor:
     groups = initialize(Topology(tp=tp), "gloo", torch.device("cpu"))
     logits_UV = torch.tensor([[0.0, 0.5, 0.25, 0.1, 0.2, 0.3, 0.4, 9.0]])
     logits_UV[:, list(equal)] = 2.0
-    local = logits_UV.chunk(tp, dim=1)[rank].clone() if tp > 1 else logits_UV[:, :7].clone()
-    return score_targets_(local, torch.zeros(7, dtype=torch.int64), torch.arange(7), groups, 7)
+    local = logits_UV.chunk(tp, dim=1)[rank] if tp > 1 else logits_UV[:, :7]
+    rows_K = torch.zeros(7, dtype=torch.int64)
+    return score_targets_(local.t().contiguous(), rows_K, torch.arange(7), 7, groups)
