@@ -3,8 +3,8 @@
 Ours is the adapter behind evaluate.py, the peer lm-eval's HFLM over GPTNeoXForCausalLM with the
 same random weights. Each has a process of its own; they take turns on the same documents, so that
 what else the machine does falls on both; lambada_over_lm_eval_hf and piqa_over_lm_eval_hf are
-medians over the rounds of one turn against the other. A turn is lm-eval's `loglikelihood`: tokenization, forward passes, scores. Both
-must give the same scores.
+medians over the rounds of one turn against the other. A turn is lm-eval's `loglikelihood`:
+tokenization, forward passes, scores. Both must give the same scores.
 
     python benchmarks/evaluate.py [--quick] [--json FILE] [--data DIR] [--tokenizer FILE]
 
@@ -65,7 +65,7 @@ class Shape:
     documents: int  # per turn
 
 
-FULL = Shape("70M", 6, 512, 8, 50304, rounds=7, documents=384)
+FULL = Shape("70M", 6, 512, 8, 50304, rounds=5, documents=256)
 QUICK = Shape("tiny", 2, 128, 4, 8192, rounds=5, documents=16)
 
 Scores = list[tuple[float, bool]]

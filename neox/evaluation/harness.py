@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 from lm_eval.utils import simple_parse_args_string
 
 from neox import log
@@ -52,7 +53,7 @@ class NeoXHarness(NeoXLM):
             purpose="evaluate",
             world_size=lambda _: Devices(slots=(1,)),
         )
-        groups = ProcessGroups.single(device or "cpu")
+        groups = ProcessGroups.single(_device(device))
         checkpoint = open_checkpoint(settings, groups)
         tokenizer = build_tokenizer(settings)
         super().__init__(
@@ -91,6 +92,13 @@ class NeoXHarness(NeoXLM):
         """What lm-eval adds to its results' `config`."""
         settings: NeoXConfig = self._settings
         return {"load": settings.load, "iteration": settings.iteration, "precision": settings.dtype}
+
+
+def _device(given: str | None) -> torch.device:
+    """lm-eval asks for cuda:0 unless it is told otherwise, also where there is none."""
+    if not torch.cuda.is_available() and (given is None or given.startswith("cuda")):
+        return torch.device("cpu")
+    return torch.device(given or "cuda")
 
 
 def _batch_size(given: int | str | None) -> int | None:
