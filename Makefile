@@ -15,7 +15,7 @@ install: $(INSTALLED)  ## put the pinned requirements into .venv, unless they ar
 
 # The stamp comes last, so an installation that was interrupted is taken up again. On a terminal
 # pip's many lines become one that changes.
-$(INSTALLED): requirements/requirements.txt requirements/requirements-dev.txt requirements/lock.txt tools/register_lm_eval.py
+$(INSTALLED): requirements/requirements.txt requirements/requirements-dev.txt requirements/lock.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "error: $$($(PYTHON) -V) is too old, the requirements need Python 3.11 or newer;" \
 	    "name one: make $(or $(MAKECMDGOALS),install) PYTHON=python3.12" >&2; exit 2; }

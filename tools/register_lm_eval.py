@@ -7,23 +7,23 @@ import sys
 import sysconfig
 from pathlib import Path
 
-CHECKOUT = Path(__file__).resolve().parents[1]
+REGISTRATION = Path(__file__).resolve().parents[1] / "neox/evaluation/registration.py"
 
 # Python runs this line at its start. A checkout that has gone must not be an error there.
 LINE = (
-    "import importlib.util as u; u.find_spec('neox') and "
-    "__import__('neox.evaluation.registration').evaluation.registration.register_when_imported()"
+    f"import os; f = {str(REGISTRATION)!r}; os.path.exists(f) and "
+    "exec(compile(open(f).read(), f, 'exec'), {'__name__': 'neox_registration', '__file__': f})"
 )
 
 
 def main() -> None:
     path = Path(sysconfig.get_path("purelib")) / "neox.pth"
     try:
-        path.write_text(f"{CHECKOUT}\n{LINE}\n")
+        path.write_text(f"{LINE}\n")
     except OSError as error:
         print(f"error: {path} cannot be written: {error.strerror}", file=sys.stderr)
         raise SystemExit(2) from None
-    print(f"lm_eval --model neox is {CHECKOUT}, by {path}")
+    print(f"lm_eval --model neox is {REGISTRATION.parents[2]}, by {path}")
 
 
 if __name__ == "__main__":

@@ -16,8 +16,11 @@ import pytest
 from tests import small_tokenizer
 from tests.models import BASE
 from tools import checkpoint
+from tools.register_lm_eval import LINE
 
 ROOT = Path(__file__).parents[2]
+# LINE is what Python runs at its start where tools/register_lm_eval.py was run.
+LM_EVAL = f"{LINE}\nfrom lm_eval.__main__ import cli_evaluate\ncli_evaluate()"
 LENGTH = 64
 MODEL = {
     **{key: BASE[key] for key in ("num_layers", "hidden_size", "num_attention_heads", "pos_emb")},
@@ -62,7 +65,7 @@ def folder(tmp_path: Path) -> Path:
 
 def environment() -> dict[str, str]:
     quiet = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return {**os.environ, **quiet, "PYTHONPATH": str(ROOT)}
+    return {**os.environ, **quiet}
 
 
 def evaluate(folder: Path, *arguments: str) -> tuple[dict[str, Any], str]:
@@ -141,12 +144,3 @@ def test_lm_evals_own_command_scores_the_same(folder: Path) -> None:
     done = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "error: " in done.stderr and "mode.yml" in done.stderr
-
-
-# As tools/register_lm_eval.py has every start of Python do.
-LM_EVAL = """
-from neox.evaluation.registration import register_when_imported
-register_when_imported()
-from lm_eval.__main__ import cli_evaluate
-cli_evaluate()
-"""
