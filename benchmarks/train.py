@@ -2,10 +2,10 @@
 
 Ours is the engine that `./deepy.py train.py` uses; the peer is GPTNeoXForCausalLM (eager, SDPA)
 with fused torch AdamW and clipping. A third contestant does the step's matrix products and nothing
-else. Each lives in a process of its own, so that peak memory is its own; they take turns, one timed
+else, as torch.mm does them, a fourth those of linear layers as neox.parallel.layers.linear. Each lives in a process of its own, so that peak memory is its own; they take turns, one timed
 turn each per round, so that what else the machine does falls on all. tokens_per_s_over_transformers
 is the median over the rounds of one turn against the other, share_of_matmul_rate that of the
-products' time against our step's, peak_memory_over_transformers the ratio of two processes' peak
+third's time against our step's, share_of_onednn_rate that of the fourth's, peak_memory_over_transformers the ratio of two processes' peak
 resident memory.
 
     python benchmarks/train.py [--quick] [--json FILE]
@@ -152,7 +152,21 @@ def transformers(shape: Shape) -> Step:
     return step
 
 
-def products(shape: Shape) -> Step:
+def fast_products(shape: Shape) -> Step:
+    """`products` with those of linear layers by the product that ours uses, oneDNN's on a CPU."""
+    from neox.parallel.layers import linear
+
+    def multiply(x: Tensor, w: Tensor, grad_y: Tensor) -> None:
+        linear(x, w)
+        linear(grad_y, w.t())
+        linear(grad_y.t(), x.t())
+
+    return products(shape, multiply)
+
+
+def products(
+    shape: Shape, multiply: Callable[[Tensor, Tensor, Tensor], None] | None = None
+) -> Step:
     """The matrix products of one step, forward and backward, each once, into memory that is there.
 
     Every layer has its own operands, as in the step. Attention's products are made in blocks of 64
@@ -178,6 +192,14 @@ def products(shape: Shape) -> Step:
             torch.bmm(grad_scores.mT, q[:, rows])
             torch.bmm(scores.mT, dy[:, rows])
 
+    def fast_step() -> float:
+        assert multiply is not None
+        for operands in linears:
+            multiply(*operands)
+        for _ in range(shape.layers):
+            attention()
+        return math.nan
+
     def step() -> float:
         for (x, w, _), (_, _, y) in zip(linears, results, strict=True):
             torch.mm(x, w.t(), out=y)
@@ -188,7 +210,7 @@ def products(shape: Shape) -> Step:
             torch.mm(grad_y.t(), x, out=grad_w)
         return math.nan
 
-    return step
+    return step if multiply is None else fast_step
 
 
 def random_tokens(shape: Shape) -> Tensor:
@@ -227,6 +249,7 @@ def compete(shape: Shape) -> tuple[dict[str, list[float]], dict[str, float], dic
     """For each contestant: tokens/s of every round, the last loss, peak memory in bytes."""
     context = multiprocessing.get_context("spawn")
     contestants = {"ours": ours, "transformers": transformers, "products": products}
+    contestants["fast products"] = fast_products
     orders: dict[str, Connection] = {}
     for name, build in contestants.items():
         orders[name], theirs = context.Pipe()
@@ -262,7 +285,7 @@ def compete(shape: Shape) -> tuple[dict[str, list[float]], dict[str, float], dic
 PARTS = {
     "attention": ("bmm", "aten::_softmax", "Attention", "scaled_dot_product"),
     "optimizer": ("adam", "foreach", "vector_norm"),
-    "matrix products of linear layers": ("mm",),
+    "matrix products of linear layers": ("mm", "linear_pointwise"),
     "softmax of the loss": ("aten::exp", "amax", "sub_", "log", "gather", "scatter"),
     "norms, activations, rotary, residuals, copies": ("",),
 }
@@ -306,9 +329,12 @@ def main() -> None:
     speeds, losses, memory = compete(shape)
     ratios = [a / b for a, b in zip(speeds["ours"], speeds["transformers"], strict=True)]
     shares = [a / b for a, b in zip(speeds["ours"], speeds["products"], strict=True)]
+    fast = speeds["fast products"]
+    fast_shares = [a / b for a, b in zip(speeds["ours"], fast, strict=True)]
     figures = {
         "tokens_per_s_over_transformers": statistics.median(ratios),
         "share_of_matmul_rate": statistics.median(shares),
+        "share_of_onednn_rate": statistics.median(fast_shares),
         "peak_memory_over_transformers": memory["ours"] / memory["transformers"],
     }
 
@@ -321,9 +347,10 @@ def main() -> None:
         gigabytes = memory[name] / 1e9
         loss = "" if math.isnan(losses[name]) else f"{losses[name]:.3f}"
         print(f"{name:14}{statistics.median(values):10.1f}{gigabytes:10.2f}{loss:>10}")
-    speed, share, peak = figures.values()
+    speed, share, fast_share, peak = figures.values()
     print(f"{'ratio':14}{speed:10.3f}{peak:10.3f}   ({min(ratios):.2f} to {max(ratios):.2f})")
     print(f"share of the products' rate: {share:.3f} ({min(shares):.2f} to {max(shares):.2f})")
+    print(f"share of the fast products' rate: {fast_share:.3f}")
     if arguments.json:
         write_text(arguments.json, json.dumps(figures) + "\n")
 

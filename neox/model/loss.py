@@ -14,10 +14,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from neox.parallel.groups import ProcessGroups
+from neox.parallel.layers import linear
 
 # Logits held at a time. Fewer would make the products with the projection's weight less efficient.
 CHUNK_BYTES = 128 << 20
 
+_GRADIENT_ROWS = 8192  # of the projection's gradient, for which there is memory twice
 _SOFTMAX_LOGITS = 1 << 20  # of scores, at a time
 
 # A probability divided by the number of tokens is below what float16 can tell from zero, and the
@@ -83,7 +85,7 @@ class _OutputLoss(torch.autograd.Function):
         for start in range(0, len(x_TH), size):
             part = slice(start, start + size)
             x, labels, shares = x_TH[part], labels_T[part, None] - first_row, shares_T[part]
-            logits = torch.mm(x, weight_VH.t()).float()
+            logits = linear(x, weight_VH).float()
             losses, scale = _softmax_parts(logits, labels, groups)
             loss += torch.dot(losses, shares)
             if grad_scale is None or grad_x is None or grad_weight is None:
@@ -92,7 +94,7 @@ class _OutputLoss(torch.autograd.Function):
             grad_logits = logits.mul_(scale[:, None] * scaled[:, None])
             _subtract_targets(grad_logits, labels, scaled)
             grad_logits = grad_logits.to(weight_VH.dtype)
-            torch.mm(grad_logits, weight_VH, out=grad_x[part])
+            grad_x[part] = linear(grad_logits, weight_VH.t())
             _add_product(grad_weight, grad_logits, x, first=start == 0)
             del logits, grad_logits
         ctx.grads = (grad_x, grad_weight, grad_scale)
@@ -186,11 +188,8 @@ def _subtract_targets(grad_TV: Tensor, labels_T1: Tensor, shares_T: Tensor) -> N
 
 
 def _add_product(total_VH: Tensor, grad_TV: Tensor, x_TH: Tensor, *, first: bool) -> None:
-    """total += grad^T x; the first product is written over what the new tensor holds."""
-    if total_VH.dtype != x_TH.dtype:
-        product = torch.mm(grad_TV.t(), x_TH)
-        total_VH.copy_(product) if first else total_VH.add_(product)
-    elif first:
-        torch.mm(grad_TV.t(), x_TH, out=total_VH)
-    else:
-        total_VH.addmm_(grad_TV.t(), x_TH)
+    """total += grad^T x, by some rows; the first is written over what the new tensor holds."""
+    for start in range(0, len(total_VH), _GRADIENT_ROWS):
+        part = slice(start, start + _GRADIENT_ROWS)
+        product = linear(grad_TV[:, part].t(), x_TH.t())
+        total_VH[part].copy_(product) if first else total_VH[part].add_(product)
