@@ -2,11 +2,12 @@
 
 Ours is the engine that `./deepy.py train.py` uses; the peer is GPTNeoXForCausalLM (eager, SDPA)
 with fused torch AdamW and clipping. A third contestant does the step's matrix products and nothing
-else, as torch.mm does them, a fourth those of linear layers as neox.parallel.layers.linear. Each lives in a process of its own, so that peak memory is its own; they take turns, one timed
-turn each per round, so that what else the machine does falls on all. tokens_per_s_over_transformers
-is the median over the rounds of one turn against the other, share_of_matmul_rate that of the
-third's time against our step's, share_of_onednn_rate that of the fourth's, peak_memory_over_transformers the ratio of two processes' peak
-resident memory.
+else, as torch.mm does them, a fourth those of linear layers as neox.parallel.layers.linear. Each
+lives in a process of its own, so that peak memory is its own; they take turns, one timed turn each
+per round, so that what else the machine does falls on all. tokens_per_s_over_transformers is the
+median over the rounds of one turn against the other, share_of_matmul_rate that of the third's time
+against our step's, share_of_onednn_rate that of the fourth's, peak_memory_over_transformers the
+ratio of two processes' peak resident memory.
 
     python benchmarks/train.py [--quick] [--json FILE]
     python benchmarks/train.py --breakdown        # where the time of our step goes
@@ -154,7 +155,10 @@ def transformers(shape: Shape) -> Step:
 
 def fast_products(shape: Shape) -> Step:
     """`products` with those of linear layers by the product that ours uses, oneDNN's on a CPU."""
+    from neox.engine.memory import keep_freed_memory
     from neox.parallel.layers import linear
+
+    keep_freed_memory()  # as ours does
 
     def multiply(x: Tensor, w: Tensor, grad_y: Tensor) -> None:
         linear(x, w)
