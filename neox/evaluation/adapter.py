@@ -209,7 +209,7 @@ class NeoXLM(LM):
                 piece = continuation[start : start + self.max_length]
                 pieces.append((context + continuation[:start], piece))
                 owners.append(i)
-        whole = [len(continuation) <= self.max_length for _, continuation in pairs]
+        whole = [0 < len(continuation) <= self.max_length for _, continuation in pairs]
 
         def write(done: Sequence[int], scores: Sequence[Sequence[float]]) -> None:
             found = zip(done, scores, strict=True)
@@ -223,7 +223,7 @@ class NeoXLM(LM):
             totals[i] += score
             greedy[i] &= misses == 0
         answers = list(zip(totals, greedy, strict=True))
-        if self.groups.rank == 0:  # pieces may be of several replicas
+        if self.groups.rank == 0:  # pieces may be of several replicas, and an empty text has none
             self._answers.keep({keys[i]: answers[i] for i in range(len(pairs)) if not whole[i]})
         return answers
 
