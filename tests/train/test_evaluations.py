@@ -134,7 +134,7 @@ def test_training_goes_on_as_without_tasks_and_scores_are_those_of_the_checkpoin
         groups = ProcessGroups.single()
         tokenizer = build_tokenizer(config)
         model = load_model(config, groups, tokens=tokenizer.vocab_size)
-        results = metrics(run.evaluate(config, lambda: model, tokenizer, groups))
+        results = metrics(run.evaluate(config, lambda model=model: model, tokenizer, groups))
         tolerance = 0.05 if values.get("precision") == "bfloat16" else 1e-4
         while_training = of_tasks(with_tasks[step])
         assert set(while_training) == set(results)
