@@ -37,6 +37,5 @@ def set_offline(offline: bool) -> None:
     datasets.config.HF_HUB_OFFLINE = offline
     datasets.config.constants.HF_HUB_OFFLINE = offline
     if offline:
-        os.environ.setdefault(
-            "HF_EVALUATE_OFFLINE", "1"
-        )  # for metrics; imported when one is needed
+        # For metrics, whose library is imported when one is needed.
+        os.environ.setdefault("HF_EVALUATE_OFFLINE", "1")

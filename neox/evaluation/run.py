@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import subprocess
@@ -61,7 +62,10 @@ def evaluate(
         conditions["checkpoint"] = identity.pop("checkpoint")
         cache = answers.cache_folder(config)
         folder = cache and cache / answers.digest([identity, conditions["checkpoint"]["digest"]])
-    with log.progress(total=0, desc="evaluating", unit=" inputs") as bar:
+    with (
+        contextlib.closing(Answers(folder)) as kept,
+        log.progress(total=0, desc="evaluating", unit=" inputs") as bar,
+    ):
         lm = NeoXLM(
             load,
             tokenizer,
@@ -71,7 +75,7 @@ def evaluate(
             seed=config.seed,
             chat=chat_template_of(config),
             bar=bar,
-            answers=Answers(folder),
+            answers=kept,
         )
         results = score(config, lm, tasks, groups, BOOTSTRAP_ITERATIONS, log_samples=True)
     local = {name: local_data(task) for name, task in tasks["tasks"].items()}
