@@ -34,7 +34,7 @@ from neox.model.layout import (
 from neox.model.loss import output_loss, score_targets_
 from neox.model.norms import build_norm
 from neox.model.positions import RotaryTable
-from neox.model.projection import look_up
+from neox.model.projection import adapter_of, bias_of, look_up, project, weight_of
 from neox.parallel.groups import ProcessGroups
 from neox.parallel.layers import column_linear, copy_to_tensor_parallel, linear, vocab_embedding
 from neox.parallel.region import TensorParallelRegion
@@ -142,12 +142,11 @@ def _project(
     loss_mask_BS: Tensor | None,
     groups: ProcessGroups,
 ) -> Tensor:
-    """Logits by the parameters of `owner`, or the mean loss: neox.model.loss.output_loss."""
-    weight_VH, bias_V = _parameters(owner)
+    """Logits by the layer `owner`, or the mean loss: neox.model.loss.output_loss."""
     x_BSH = copy_to_tensor_parallel(x_BSH, groups)
     if labels_BS is None or loss_mask_BS is None:
-        return linear(x_BSH, weight_VH, bias_V)
-    return output_loss(x_BSH, weight_VH, labels_BS, loss_mask_BS, groups, bias_V)
+        return project(owner, x_BSH)
+    return output_loss(x_BSH, owner, labels_BS, loss_mask_BS, groups)
 
 
 def _score(
@@ -158,18 +157,15 @@ def _score(
     vocab: int,
     groups: ProcessGroups,
 ) -> Tensor:
-    # V x U instead of U x V: with few hundred rows the product is a tenth faster on a CPU.
-    weight_VH, bias_V = _parameters(owner)
-    logits_VU = linear(weight_VH, x_UH)
-    if bias_V is not None:
-        logits_VU += bias_V[:, None]
+    weight_VH, bias_V = weight_of(owner), bias_of(owner)
+    if isinstance(weight_VH, Tensor) and adapter_of(owner) is None:
+        # V x U instead of U x V: with few hundred rows the product is a tenth faster on a CPU.
+        logits_VU = linear(weight_VH, x_UH)
+        if bias_V is not None:
+            logits_VU += bias_V[:, None]
+    else:
+        logits_VU = project(owner, x_UH).t().contiguous()
     return score_targets_(logits_VU, rows_K, targets_K, vocab, groups)
-
-
-def _parameters(owner: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """Weight and, if there is one, bias."""
-    named = dict(owner.named_parameters())
-    return named["weight"], named.get("bias")
 
 
 TIED_EMBEDDING = "embed"  # upstream's key of the weights that first and last stage share

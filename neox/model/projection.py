@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from neox.model.lora import Adapter
 from neox.model.quantized import EightBit, multiply, multiply_back
 from neox.parallel.groups import ProcessGroups
 from neox.parallel.layers import linear, reduce_from_tensor_parallel
@@ -21,6 +22,12 @@ def weight_of(owner: nn.Module) -> Weight:
     weight = owner.weight
     assert isinstance(weight, Tensor | EightBit)
     return weight
+
+
+def adapter_of(owner: nn.Module) -> Adapter | None:
+    adapter = getattr(owner, "adapter", None)
+    assert adapter is None or isinstance(adapter, Adapter)
+    return adapter
 
 
 def bias_of(owner: nn.Module) -> Tensor | None:
@@ -42,11 +49,19 @@ def project_with(owner: nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
     else:
         y = _FrozenProduct.apply(x, weight)
         y = y if bias is None else y + bias
-    adapter = getattr(owner, "adapter", None)
+    adapter = adapter_of(owner)
     return y if adapter is None else y + adapter(x)
 
 
-def project_back(grad: Tensor, weight: Weight) -> Tensor:
+def product(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
+    """x W^T + bias: [..., K] -> [..., N]; has no gradient."""
+    if isinstance(weight, Tensor):
+        return linear(x, weight, bias)
+    y = multiply(x, weight)
+    return y if bias is None else y.add_(bias)
+
+
+def product_back(grad: Tensor, weight: Weight) -> Tensor:
     """grad W: [..., N] -> [..., K]; has no gradient."""
     return linear(grad, weight.t()) if isinstance(weight, Tensor) else multiply_back(grad, weight)
 
