@@ -3,6 +3,7 @@
 adapters   Adapters, a rank's shards of them, where they are
 names      what PEFT calls our matrices, and their rows there
 settings   what an adapter_config.json says
+joining    parts of our tensors put together again
 reading    a folder to Adapters, or one message why not
 writing    Adapters to a folder
 merging    a checkpoint whose weights have the adapters in them
