@@ -48,8 +48,9 @@ def join(pieces: Sequence[Piece]) -> Tensor:
             others = sorted({other.name for other in pieces} - {piece.name})
             among = f"from {others[0]}" if others else "among heads that share"
             raise CheckpointError(
-                f"{piece.where}: {piece.name} differs {among}, and they are layer {piece.part.index:02d}'s one {piece.part.source} here. "
-                "Only a model that has them apart can have them so."
+                f"{piece.where}: {piece.name} differs {among}, and they are one tensor here, "
+                f"layer {piece.part.index:02d}'s {piece.part.source}: only a model that has them "
+                "apart can have them differ."
             )
     return whole
 

@@ -21,7 +21,8 @@ from neox.parallel.groups import ProcessGroups
 
 PREFIX = "base_model.model."  # of every name in PEFT's files
 
-# GPTNeoXForCausalLM's output projection: transformers 4's name, and 5's, which reads both.
+# GPTNeoXForCausalLM's output projection in transformers 4, and in 5, which reads the former's
+# weights; PEFT takes an adapter by the name that the module has.
 HEAD, HEAD_5 = "embed_out", "lm_head"
 
 
@@ -46,6 +47,11 @@ class Part:
     def module(self) -> str:
         """Theirs."""
         return self.name.rpartition(".")[0]
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Every name that theirs has."""
+        return (HEAD, HEAD_5) if self.module == HEAD else (self.module,)
 
     @property
     def matrix(self) -> str | None:

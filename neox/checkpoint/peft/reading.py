@@ -97,8 +97,8 @@ class _Reading:
             found = self.down if match[2] == "A" else self.up
         else:
             part, found = self._parameter(name, plain, tensor)
-        if part.name in found:
-            raise self._error(name, f"is there twice, also as {found[part.name].name}")
+        if part.name in found and not torch.equal(tensor, found[part.name].tensor):
+            raise self._error(name, f"is not the same as {found[part.name].name}")
         found[part.name] = Piece(part, tensor, str(self.path), name)
 
     def _part(self, name: str, module: str, kind: str) -> Part:
@@ -188,8 +188,8 @@ class _Reading:
         if not self.up:
             raise CheckpointError(f"{self.path} holds no adapters: no lora_A and lora_B.")
         for name, part in self.parts.items():
-            names = (part.module, HEAD_5) if part.module == HEAD else (part.module,)
-            if part.matrix and name not in self.up and any(map(self.settings.targets, names)):
+            is_target = any(map(self.settings.targets, part.modules))
+            if part.matrix and is_target and name not in self.up:
                 raise CheckpointError(
                     f"{self.path} is incomplete: target_modules in {self.settings.path.name} has "
                     f"{part.module}, but there is no {PREFIX}{part.module}.lora_A.weight."

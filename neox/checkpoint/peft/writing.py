@@ -17,7 +17,7 @@ from neox import log
 from neox.checkpoint.directory import write_file
 from neox.checkpoint.manifest import Entry
 from neox.checkpoint.peft.adapters import SAFETENSORS, SETTINGS, Adapters, Name, half, is_norm
-from neox.checkpoint.peft.names import HEAD, HEAD_5, PREFIX, Part, parts, short, why_not_loadable
+from neox.checkpoint.peft.names import HEAD, PREFIX, Part, parts, short, why_not_loadable
 from neox.config import NeoXConfig
 from neox.model.lora import AdapterSpec
 
@@ -68,8 +68,9 @@ def _tensors(adapters: Adapters, everything: list[Part]) -> dict[str, Tensor]:
             assert part.matrix is not None
             keys = [(part.index, half(part.matrix, letter)) for letter in "AB"]
             down, up = (adapters.tensors[key].detach().cpu() for key in keys)
-            found[f"{PREFIX}{part.module}.lora_A.weight"] = down.clone()
-            found[f"{PREFIX}{part.module}.lora_B.weight"] = up[part.rows]
+            for module in part.modules:
+                found[f"{PREFIX}{module}.lora_A.weight"] = down.clone()
+                found[f"{PREFIX}{module}.lora_B.weight"] = up[part.rows]
             done.update(keys)
         elif part.key in adapters.tensors:
             module, _, kind = part.name.rpartition(".")
@@ -99,6 +100,7 @@ def _settings(adapters: Adapters, everything: list[Part], base: str | None) -> d
     alphas = {module: _alpha(spec) for module, spec in specs.items()}
     rank, alpha = _usual(ranks), _usual(alphas)
     modules = [part.module for part in everything]
+    heads = [name for part in everything if part.module in specs for name in part.modules[1:]]
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -107,7 +109,7 @@ def _settings(adapters: Adapters, everything: list[Part], base: str | None) -> d
         "r": rank,
         "lora_alpha": alpha,
         "lora_dropout": max((spec.dropout for spec in specs.values()), default=0.0),
-        "target_modules": sorted(_both_heads(_shortened(dict.fromkeys(specs, True), modules))),
+        "target_modules": sorted({*_shortened(dict.fromkeys(specs, True), modules), *heads}),
         "rank_pattern": _pattern(ranks, rank, modules),
         "alpha_pattern": _pattern(alphas, alpha, modules),
         "bias": "all" if has_bias else "none",
@@ -137,13 +139,18 @@ def _alpha(spec: AdapterSpec) -> float:
 
 
 def _usual(values: Mapping[str, V]) -> V:
+    """What r and lora_alpha are; others stand in the patterns.
+
+    The output projection's, as a pattern would have to match either of its names, and PEFT warns
+    of one that matches nothing.
+    """
+    if HEAD in values:
+        return values[HEAD]
     return Counter(values.values()).most_common(1)[0][0]
 
 
 def _pattern(values: Mapping[str, V], usual: V, modules: list[str]) -> dict[str, V]:
-    return _both_heads(
-        {name: value for name, value in _shortened(values, modules).items() if value != usual}
-    )
+    return {name: value for name, value in _shortened(values, modules).items() if value != usual}
 
 
 def _shortened(values: Mapping[str, V], modules: list[str]) -> dict[str, V]:
@@ -156,7 +163,3 @@ def _shortened(values: Mapping[str, V], modules: list[str]) -> dict[str, V]:
         else:
             found |= {module: values[module] for module in alike if module in values}
     return found
-
-
-def _both_heads(values: dict[str, V]) -> dict[str, V]:
-    return values | {HEAD_5: values[HEAD]} if HEAD in values else values
