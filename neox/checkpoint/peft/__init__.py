@@ -10,8 +10,16 @@ merging    a checkpoint whose weights have the adapters in them
 """
 
 from neox.checkpoint.peft.adapters import Adapters, fill, find_adapter
-from neox.checkpoint.peft.merging import merged
+from neox.checkpoint.peft.merging import merged, with_adapter
 from neox.checkpoint.peft.reading import read_adapters
 from neox.checkpoint.peft.writing import write_adapters
 
-__all__ = ["Adapters", "fill", "find_adapter", "merged", "read_adapters", "write_adapters"]
+__all__ = [
+    "Adapters",
+    "fill",
+    "find_adapter",
+    "merged",
+    "read_adapters",
+    "with_adapter",
+    "write_adapters",
+]

@@ -10,14 +10,28 @@ import torch
 from torch import Tensor
 
 from neox.checkpoint.neox import Checkpoint
-from neox.checkpoint.peft.adapters import Adapters, check_copy, half
+from neox.checkpoint.peft.adapters import Adapters, check_copy, find_adapter, half
+from neox.checkpoint.peft.reading import read_adapters
 from neox.checkpoint.reshard import cast
 from neox.checkpoint.sources import Shard, Source
-from neox.model.gpt import Layer
+from neox.config import NeoXConfig
+from neox.model.gpt import Layer, layers
 from neox.model.layout import LayerLayout, ParamLayout
 from neox.model.lora import adapter_layout
 from neox.model.shard import file_shard, reshard
 from neox.model.shard import shard as cut
+from neox.parallel.groups import ProcessGroups
+
+
+def with_adapter(checkpoint: Checkpoint, config: NeoXConfig, path: Path) -> Checkpoint:
+    """`checkpoint` with the adapters at `path` in it: those that `find_adapter` finds.
+
+    `config` tells the checkpoint's architecture. Not collective. Raises CheckpointError.
+    """
+    rows = checkpoint.padded_vocab_size
+    adapters = read_adapters(find_adapter(path), config, rows)
+    model = layers(config, rows, torch.float32, ProcessGroups.single())
+    return merged(checkpoint, adapters, model)
 
 
 def merged(checkpoint: Checkpoint, adapters: Adapters, model: Sequence[Layer]) -> Checkpoint:
