@@ -16,6 +16,7 @@ from neox.errors import ConfigError
 # What was taken, among the files that a run keeps beside its checkpoints: these will be loaded by
 # the same files, when the folder is no more what `load` names.
 _FILE = "transformers.yml"
+_ORIGINS = {hf.CONFIG, *(files["vocab_file"] for files in hf.TOKENIZERS.values())}
 
 
 def adopt_folder(draft: Draft, *, training: bool) -> None:
@@ -46,7 +47,7 @@ def adopt_folder(draft: Draft, *, training: bool) -> None:
         _take(draft, "precision", folder.precision)
     if not {"tokenizer_type", "vocab_file", "merge_file"} & (draft.values.keys() | draft.bad):
         _take_tokenizer(draft, folder)
-    taken = [key for key, origin in draft.origins.items() if origin in (hf.CONFIG, hf.TOKENIZER)]
+    taken = [key for key, origin in draft.origins.items() if origin in _ORIGINS]
     if taken:
         draft.texts.setdefault(_FILE, hf.yaml_text({key: draft.values[key] for key in taken}))
 
@@ -77,5 +78,8 @@ def _take(draft: Draft, name: str, value: Any, origin: str = hf.CONFIG) -> None:
 
 def _take_tokenizer(draft: Draft, folder: hf.Folder) -> None:
     if folder.tokenizer is not None:
-        _take(draft, "tokenizer_type", "HFTokenizer", hf.TOKENIZER)
-        _take(draft, "vocab_file", str(folder.tokenizer), hf.TOKENIZER)
+        kind, files = folder.tokenizer
+        origin = files["vocab_file"].name
+        _take(draft, "tokenizer_type", kind, origin)
+        for key, path in files.items():
+            _take(draft, key, str(path), origin)

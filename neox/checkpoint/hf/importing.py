@@ -11,6 +11,7 @@ from neox.checkpoint.directory import UNFINISHED
 from neox.checkpoint.hf.files import TransformersFiles, check_new
 from neox.checkpoint.lock import LOCK
 from neox.checkpoint.neox import Checkpoint
+from neox.checkpoint.peft import with_adapter
 from neox.checkpoint.reshard import choose_rows, reshard
 from neox.config import from_dict, hf
 from neox.errors import CheckpointError
@@ -19,11 +20,17 @@ CONFIG = "hf.yml"
 
 
 def import_folder(
-    folder: Path, output: Path, *, tp: int = 1, dtype: torch.dtype | None = None
+    folder: Path,
+    output: Path,
+    *,
+    tp: int = 1,
+    dtype: torch.dtype | None = None,
+    adapter: Path | None = None,
 ) -> Path:
     """Write the weights to `output`, a new folder, as iteration 0 in `tp` shards; return the step.
 
-    They keep their precision, unless `dtype` gives another, and the vocabulary its rows.
+    They keep their precision, unless `dtype` gives another, and the vocabulary its rows. The LoRA
+    adapters at `adapter` are merged into them.
     configs/hf.yml in the step describes the model and names `output` and the tokenizer, if there is
     one, which is copied there: generate.py needs no more. Memory holds one shard of one layer. Not
     collective, one process. Raises CheckpointError, and ConfigError where `tp` does not divide the
@@ -37,21 +44,26 @@ def import_folder(
     values = {**model.values, "seq_length": model.values["max_position_embeddings"]}
     config = from_dict({**values, "model_parallel_size": tp}, world_size=tp)
     rows = choose_rows(checkpoint, config, None, None)
+    if adapter is not None:
+        checkpoint = with_adapter(checkpoint, config, adapter)
     place = output.absolute()
     precision = model.precision or "fp32" if dtype is None else hf.PRECISIONS[_name(dtype)]
     values |= {"precision": precision, "pipe_parallel_size": 1, "load": str(place)}
+    files: dict[str, Path] = {}
     if model.tokenizer is not None:
-        values |= {"tokenizer_type": "HFTokenizer", "vocab_file": str(place / hf.TOKENIZER)}
+        kind, files = model.tokenizer
+        values |= {"tokenizer_type": kind}
+        values |= {key: str(place / path.name) for key, path in files.items()}
     configs = {CONFIG: hf.yaml_text(values)}
     step = reshard(
         checkpoint, output, config, rows, todays_names=True, dtype=dtype, configs=configs
     )
-    if model.tokenizer is not None:
+    for path in files.values():
         try:
-            write_bytes(place / hf.TOKENIZER, model.tokenizer.read_bytes())
+            write_bytes(place / path.name, path.read_bytes())
         except OSError as error:
             raise CheckpointError(
-                f"{output}: its {hf.TOKENIZER} cannot be written: {error.strerror}."
+                f"{output}: its {path.name} cannot be written: {error.strerror}."
             ) from error
     return step
 
