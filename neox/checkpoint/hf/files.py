@@ -92,7 +92,7 @@ class TransformersFiles:
         where = files[0] if len(files) == 1 else self._folder
         parts = {ours: [stored[name] for name in theirs] for ours, theirs in found.items()}
         shard = as_shard(where, {ours: tensors[0] for ours, tensors in parts.items()})
-        names = {today: ", ".join(found[ours]) for today, ours in shard.names.items()}
+        names = {today: _in_short(found[ours]) for today, ours in shard.names.items()}
         split = {ours: tensors for ours, tensors in parts.items() if len(tensors) > 1}
         heads = self.config.values["num_attention_heads"]
         for ours, tensors in split.items():
@@ -107,8 +107,8 @@ class TransformersFiles:
     def _sort(self) -> dict[int, Names]:
         """For each layer's index the names of its tensors, here (as ever) -> in the folder."""
         kind, depth = self.config.kind, self.config.values["num_layers"]
+        layers = NAMINGS[self.config.model_type].sort(self._tensors.names, depth)
         there = set(self._tensors.names)
-        layers = NAMINGS[self.config.model_type].sort(there, depth)
         wanted = {name for found in layers.values() for name in _theirs(found)}
         if foreign := there - wanted:
             raise CheckpointError(
@@ -162,6 +162,16 @@ class _Joined(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._whole)
+
+
+def _in_short(names: Sequence[str]) -> str:
+    """attn.{q,k,v}_proj.weight for three names."""
+    if len(names) == 1:
+        return names[0]
+    differ = [len(set(letters)) > 1 for letters in zip(*names, strict=True)]  # of equal length
+    start, stop = differ.index(True), len(differ) - differ[::-1].index(True)
+    parts = ",".join(name[start:stop] for name in names)
+    return f"{names[0][:start]}{{{parts}}}{names[0][stop:]}"
 
 
 def _theirs(found: Names) -> list[str]:
