@@ -37,8 +37,13 @@ def their_model(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder / "hf", dtype=torch.float32)
 
 
-def make(folder: Path, *, safe: bool = True, **settings: Any) -> Path:
-    """PEFT's adapter of the export in `folder`, whose trained numbers are all random."""
+def make(
+    folder: Path, *, safe: bool = True, embeddings: bool | str = "auto", **settings: Any
+) -> Path:
+    """PEFT's adapter of the export in `folder`, whose trained numbers are all random.
+
+    `embeddings` says whether copies of the base's are put beside it.
+    """
     from peft import LoraConfig, get_peft_model
 
     model = get_peft_model(their_model(folder), LoraConfig(**{"r": 4, **settings}))
@@ -47,7 +52,9 @@ def make(folder: Path, *, safe: bool = True, **settings: Any) -> Path:
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
-    model.save_pretrained(folder / "adapter", safe_serialization=safe)
+    model.save_pretrained(
+        folder / "adapter", safe_serialization=safe, save_embedding_layers=embeddings
+    )
     return folder / "adapter"
 
 

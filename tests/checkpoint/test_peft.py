@@ -87,6 +87,11 @@ THEIRS: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[bool, bool]]] = {
         },
         (True, True),
     ),
+    "tied": (
+        ARCHITECTURES["tied"],
+        {"target_modules": ["dense"], "embeddings": True},
+        (False, False),
+    ),
     "gpt_j_ranks": (
         GPT_J,
         {
@@ -243,19 +248,31 @@ def test_rows_of_the_vocabulary_are_padded_and_dropped(tmp_path: Path) -> None:
         assert torch.equal(found, expected)
 
 
-def test_adapters_of_another_base_are_found_out(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("settings", "copied"),
+    [
+        ({"target_modules": ["dense", "lm_head"]}, {"final_linear.weight"}),
+        (
+            {"target_modules": ["dense"], "embeddings": True},
+            {"final_linear.weight", "word_embeddings.weight"},
+        ),
+    ],
+)
+def test_adapters_of_another_base_are_found_out(
+    settings: dict[str, Any], copied: set[str], tmp_path: Path
+) -> None:
     peft_folders.base(tmp_path)
-    folder = peft_folders.make(tmp_path, target_modules=["dense", "lm_head"])
+    folder = peft_folders.make(tmp_path, **settings)
     config = config_of()
     adapters = read_adapters(folder, config, VOCAB)
-    assert list(adapters.copies) == [(6, "final_linear.weight")]
+    assert {name for _, name in adapters.copies} == copied
     write_model(tmp_path / "other", 1, seed=1)
     other = Checkpoint.open(tmp_path / "other")
     for use in (
         lambda: our_logits(other, config, adapters, tokens()),
         lambda: with_adapter(other, config, folder),
     ):
-        with pytest.raises(CheckpointError, match=r"base's final_linear.weight differs .* by up"):
+        with pytest.raises(CheckpointError, match=r"base's \S+.weight differs .* by up"):
             use()
 
 
