@@ -80,6 +80,7 @@ def run_show(options: argparse.Namespace) -> int:
     from neox.data.loaders import build_loaders, settle_iterations
     from neox.parallel.groups import ProcessGroups
     from neox.tokenizer import build_tokenizer
+    from neox.train.examples import tokenize_examples
 
     overrides = {key: Override(value, "--set") for key, value in map(parse_set, options.set)}
     config = load_config(
@@ -91,6 +92,7 @@ def run_show(options: argparse.Namespace) -> int:
     )
     tokenizer = build_tokenizer(config)
     alone = ProcessGroups.single()
+    config = tokenize_examples(config, alone, tokenizer)
     config = settle_iterations(config, alone, vocab_size=tokenizer.vocab_size)
     check_choice("--step", options.step, 1, config.train_iters)
     # One replica alone reads what several do, one after the other: see `places`.

@@ -198,6 +198,9 @@ FROZEN = {
         test_data_weights                         acts     null
         weight_by_num_documents                   acts     false
         weighted_sampler_alpha                    acts     1.0
+        finetune_data                             acts     null
+        finetune_valid_data                       acts     null
+        finetune_text_per                         acts     "line"
         data_impl                                 acts     "infer"
         pack_impl                                 acts     "packed"
         dataset_impl                              acts     "gpt2"
@@ -379,6 +382,7 @@ OURS = {  # the others are upstream's
     *("eval_data_dir", "eval_own_documents", "eval_batch_size", "eval_cache_dir", "eval_use_cache"),
     *("apply_chat_template", "chat_template_path"),
     *("wsd_decay_ratio", "wsd_decay_style"),
+    *("finetune_data", "finetune_valid_data", "finetune_text_per"),
 }
 
 
