@@ -144,10 +144,17 @@ def places(
 
 def show_row(loader: Loader, number: int, row: int, tokenizer: Tokenizer) -> None:
     """Print a sample: whence it comes, then its tokens in runs that count as labels or do not."""
+    from neox.data.finetune import place_of
+
     batch = loader.read(number)
     origins = loader.origins(number)[row]
     for part in origins:
-        print(f"  {part.prefix}, document {part.document}, tokens {part.start} to {part.stop}")
+        place = place_of(part.prefix, part.document)
+        example = f"{place}: " if place else ""  # of finetune_data
+        print(
+            f"  {example}{part.prefix}, document {part.document}, tokens {part.start} to "
+            f"{part.stop}"
+        )
     tokens, labels, mask = (tensor[row].tolist() for tensor in batch)
     filled = sum(part.stop - part.start for part in origins)
     # The first token is nobody's label; the last label is no input.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import glob
 import hashlib
+import itertools
 import json
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
@@ -19,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from neox import log
-from neox.atomic import write_text
+from neox.atomic import write_bytes, write_text
 from neox.config import NeoXConfig
 from neox.config.values import show
 from neox.data.blend import open_blend
@@ -247,6 +248,19 @@ def _prefixes(folder: Path, stem: str) -> tuple[str, str]:
     return f"{folder / stem}_text_document", f"{folder / stem}_label_document"
 
 
+def _places_path(prefix: str) -> Path:
+    return Path(f"{prefix}.places")
+
+
+def place_of(prefix: str, document: int) -> str | None:
+    """File and line (or just the file) that an example came from; None for other datasets."""
+    path = _places_path(prefix)
+    if not path.is_file():
+        return None
+    with open(path, encoding="utf-8") as lines:
+        return next(itertools.islice(lines, document, None), "").rstrip("\n") or None
+
+
 def _build(
     key: str,
     files: Sequence[Path],
@@ -263,8 +277,11 @@ def _build(
             continue
         prefixes = _prefixes(folder, stem)
         try:
-            report = _write(key, files, prefixes, told, config, encoder)
+            report, places = _write(key, files, prefixes, told, config, encoder)
+            lines = "".join(f"{place}\n" for place in places)
+            write_bytes(_places_path(prefixes[0]), lines.encode("utf-8", "backslashreplace"))
             paths = [ending(prefix) for prefix in prefixes for ending in (bin_path, idx_path)]
+            paths.append(_places_path(prefixes[0]))
             about = {
                 "key": told,
                 "files": [str(file) for file in files],
@@ -295,9 +312,12 @@ def _write(
     told: dict[str, Any],
     config: NeoXConfig,
     encoder: ExampleEncoder,
-) -> Report:
-    """Write both datasets. OSError where that cannot be done, DataError for what the files hold."""
-    report = Report(files=len(files))
+) -> tuple[Report, list[str]]:
+    """Write both datasets; the report, and the places of the examples that are kept.
+
+    OSError where they cannot be written, DataError for what the files hold.
+    """
+    report, places = Report(files=len(files)), []
     by_line = config.finetune_text_per == "line"
     size = sum(file.stat().st_size for file in files)
     with ExitStack() as stack:
@@ -311,9 +331,10 @@ def _write(
                 example = report.take(example, told["room"], told["allow_chopped"])
                 if example is not None:
                     kept.append(example)
+                    places.append(record.where)
             lengths = np.array([len(example.tokens) for example in kept], dtype=np.int32)
             for writer, column in zip(writers, ("tokens", "labels"), strict=True):
                 ids = [i for example in kept for i in getattr(example, column)]
                 writer.add(np.array(ids, dtype=_DTYPE), lengths)
             bar.update(chunk.bytes_read - bar.n)
-    return report
+    return report, places
