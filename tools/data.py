@@ -150,11 +150,8 @@ def show_row(loader: Loader, number: int, row: int, tokenizer: Tokenizer) -> Non
     origins = loader.origins(number)[row]
     for part in origins:
         place = place_of(part.prefix, part.document)
-        example = f"{place}: " if place else ""  # of finetune_data
-        print(
-            f"  {example}{part.prefix}, document {part.document}, tokens {part.start} to "
-            f"{part.stop}"
-        )
+        source = place or f"{part.prefix}, document {part.document}"
+        print(f"  {source}, tokens {part.start} to {part.stop}")
     tokens, labels, mask = (tensor[row].tolist() for tensor in batch)
     filled = sum(part.stop - part.start for part in origins)
     # The first token is nobody's label; the last label is no input.

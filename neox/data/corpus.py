@@ -97,9 +97,8 @@ def _decode(where: str, text: bytes) -> str:
 
 
 def _text(where: str, line: bytes) -> str:
-    """A line without its end, nor the mark that some editors begin a file with."""
-    line = line.removesuffix(b"\n").removesuffix(b"\r")
-    return _decode(where, line.removeprefix(codecs.BOM_UTF8) if where.endswith(":1") else line)
+    """A line without its end."""
+    return _decode(where, line.removesuffix(b"\n").removesuffix(b"\r"))
 
 
 def _parse(where: str, line: bytes) -> dict[str, Any] | str:

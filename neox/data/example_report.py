@@ -66,11 +66,11 @@ class Report:
 
     def tell(self, key: str, config: NeoXConfig) -> None:
         """Print it, and what may be wrong. The seq_length and pack_impl are the configuration's."""
-        skipped = f"; {self.empty:,} empty ones skipped" * (self.empty > 0)
+        empty = f", and {self.empty:,} empty" * (self.empty > 0)
         lengths = f"{self.shortest:,} to {self.longest:,}"
         log.info(
             f"{key}: {self.examples:,} example{'s' * (self.examples != 1)} in {self.files:,} "
-            f"file{'s' * (self.files != 1)}{skipped}: {self.tokens:,} tokens, {self.learnt:,} of "
+            f"file{'s' * (self.files != 1)}{empty}: {self.tokens:,} tokens, {self.learnt:,} of "
             f"them learnt; {lengths} tokens each"
         )
         room = config.seq_length + 1
@@ -82,18 +82,25 @@ class Report:
                 f"{key}: left out {self.unlearnt:,} of {given:,} examples, which have nothing to "
                 "be learnt, such as a conversation without the assistant's turn"
             )
-        # A third of the sample is padding even in the longest row: worth a line.
-        if config.pack_impl == "unpacked" and 0 < self.longest * 1.5 < room:
-            padding = 1 - self.tokens / (self.examples * room)
+        if config.pack_impl == "unpacked" and self.examples:
+            self._tell_padding(key, room)
+
+    def _tell_padding(self, key: str, room: int) -> None:
+        padding = 1 - self.tokens / (self.examples * room)
+        several = "pack_impl: pack_until_overflow, which fills samples with several examples"
+        if self.longest * 1.5 < room:  # a third is padding even in the longest row
             enough = -(-max(self.longest - 1, 8) // 8) * 8
             log.info(
                 f"{key}: {padding:.0%} of the batches is padding, as the longest example has "
                 f"{self.longest:,} of a sample's {room:,} tokens; seq_length: {enough} would do, "
-                "or pack_impl: pack_until_overflow, which fills samples with several examples"
+                f"or {several}"
             )
+        elif padding > 0.5:
+            log.info(f"{key}: {padding:.0%} of the batches is padding; less with {several}")
 
     def _too_long(self, given: int, room: int) -> str:
         over = self.longest_given - room
+        verb = "is" if self.too_long == 1 else "are"
         fates = [
             (self.cut_ends, "lost the end"),
             (self.cut_prompts, "lost the beginning of the prompt"),
@@ -103,8 +110,8 @@ class Report:
         told = ", ".join(f"{count:,} {what}" for count, what in fates if count)
         lost = f", {self.cut_tokens:,} tokens in all" * (self.cut_tokens > 0)
         return (
-            f"{self.too_long:,} of {given:,} examples are longer than a sample, seq_length + 1 = "
-            f"{room:,} tokens; the longest has {self.longest_given:,}, {over:,} too many: {told}"
+            f"{self.too_long:,} of {given:,} examples {verb} longer than a sample, seq_length + 1 "
+            f"= {room:,} tokens; the longest has {self.longest_given:,}, {over:,} too many: {told}"
             f"{lost}. A larger seq_length keeps more, and pack_impl: packed, which goes on in the "
             "next sample, everything"
         )

@@ -76,7 +76,7 @@ def settle_examples(
         valid = _dataset("finetune_valid_data", valid_files, config, groups, encoder, identity)
         values |= {"valid_data_paths": [valid.text], "valid_label_data_paths": [valid.labels]}
         if config.origin("eval_iters") == "default":
-            once = -(-valid.report.examples // config.train_batch_size)
+            once = -(-_samples(valid, config, groups) // config.train_batch_size)
             values["eval_iters"] = min(config.eval_iters, once)
     samples = _samples(train, config, groups)
     log.info(
@@ -89,6 +89,8 @@ def settle_examples(
 
 def _samples(dataset: _Dataset, config: NeoXConfig, groups: ProcessGroups) -> int:
     """How many there are in an epoch. Collective over the world."""
+    if config.pack_impl == "unpacked":
+        return dataset.report.examples
     if config.pack_impl == "packed":  # with less than one, documents are repeated within a sample
         return max(1, (dataset.report.tokens - 1) // config.seq_length)
     documents = open_documents(dataset.text, dataset.labels)
@@ -271,7 +273,7 @@ def _build(
     encoder: ExampleEncoder,
 ) -> None:
     size = sum(file.stat().st_size for file in files)
-    log.info(f"{key}: tokenizing {_names(files)}, {size / 1e6:,.3g} MB ...")
+    log.info(f"{key}: tokenizing {_names(files)}, {size:,} bytes ...")
     for folder in folders:
         if is_read_only(folder.parent):
             continue

@@ -75,7 +75,7 @@ def test_a_line_is_an_example(capsys) -> None:
     config = settle("a.txt")
     assert datasets(config) == [(text, text) for text in (b"one.", b"  two .", b"three.")]
     assert (
-        "finetune_data: 3 examples in 1 file; 2 empty ones skipped: 17 tokens, 14 of them learnt; "
+        "finetune_data: 3 examples in 1 file, and 2 empty: 17 tokens, 14 of them learnt; "
         "4 to 7 tokens each\n"
     ) in capsys.readouterr().out
     assert config.origin("train_data_paths") == "derived"
@@ -86,7 +86,7 @@ def test_a_file_is_an_example(capsys) -> None:
         write(name, text)
     config = settle("*.md", finetune_text_per="file")
     assert datasets(config) == [(text, text) for text in (b"three.", b"one\n\ntwo\n.")]
-    assert "2 examples in 3 files; 1 empty ones skipped" in capsys.readouterr().out
+    assert "2 examples in 3 files, and 1 empty" in capsys.readouterr().out
 
 
 def test_every_format_in_the_order_that_is_named() -> None:
@@ -212,7 +212,7 @@ def test_examples_without_anything_to_learn_are_left_out_and_told(tmp_path: Path
     tokenizer = {"tokenizer_type": "HFTokenizer", "vocab_file": "tokenizer.json"}
     assert len(datasets(settle("a.jsonl", **tokenizer))) == 1
     err = capsys.readouterr().err
-    assert "1 of 3 examples are longer" in err
+    assert "1 of 3 examples is longer" in err
     assert "5 too many: 1 left out, as nothing that is learnt was left. A larger" in err
     assert "left out 1 of 3 examples, which have nothing to be learnt" in err
 
@@ -223,6 +223,11 @@ def test_padding_is_told(capsys) -> None:
     said = capsys.readouterr().out
     assert "79% of the batches is padding, as the longest example has 4 of a sample's 17" in said
     assert "seq_length: 8 would do" in said
+    write("a.txt", f"{'abc' * 5}\n" + "ab\n" * 9)
+    settle("a.txt", seq_length=16)
+    said = capsys.readouterr().out
+    assert "finetune_data: 75% of the batches is padding; less with pack_impl: pack_until" in said
+    write("a.txt", "abc\nab\n")
     settle("a.txt", seq_length=4)
     settle("a.txt", seq_length=16, pack_impl="pack_until_overflow")
     assert "padding" not in capsys.readouterr().out
