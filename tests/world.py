@@ -47,8 +47,8 @@ class World:
     """Runs a function on n ranks at once; see `run`."""
 
     def __init__(self, max_ranks: int = 4) -> None:
-        self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload([PRELOADED])
+        self.context = multiprocessing.get_context("forkserver")
+        self.context.set_forkserver_preload([PRELOADED])
         path = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
         # Without the first, DeepSpeed warns of a guess; the second leads to what is preloaded.
         with mock.patch.dict(os.environ, DS_ACCELERATOR="cpu", PYTHONPATH=os.pathsep.join(path)):
@@ -75,10 +75,10 @@ class World:
             self._end(ranks, with_stacks=False)
 
     def _start(self, rank: int, n: int, call: bytes, folder: Path, timeout: float) -> _Rank:
-        ours, theirs = self._context.Pipe()
+        ours, theirs = self.context.Pipe()
         stacks = folder / f"stacks{rank}"
         job = (list(sys.path), call, rank, n, str(folder / "store"), timeout)
-        process = self._context.Process(target=_serve, args=(theirs, str(stacks), job), daemon=True)
+        process = self.context.Process(target=_serve, args=(theirs, str(stacks), job), daemon=True)
         process.start()
         theirs.close()
         return _Rank(process, ours, stacks)
