@@ -32,7 +32,7 @@ def reference_logits(config, weights: dict[str, Tensor], tokens_BS: Tensor) -> T
     x = _norm(config, last, "norm", x)
     head = weights.get(f"{config.num_layers + 4}.final_linear.weight")
     table = weights["0.word_embeddings.weight"] if head is None else head
-    return x @ table.T
+    return x @ table.T + weights.get(f"{config.num_layers + 4}.final_linear.bias", 0.0)
 
 
 def _block(config, w, x):
@@ -103,9 +103,10 @@ def _rotate(config, x_BNSD, size):
         for d in range(half):
             angle = s / config.rotary_emb_base ** (2 * d / dims)
             cos, sin = math.cos(angle), math.sin(angle)
-            a, b = x_BNSD[:, :, s, d], x_BNSD[:, :, s, d + half]
-            rotated[:, :, s, d] = a * cos - b * sin
-            rotated[:, :, s, d + half] = b * cos + a * sin
+            i, j = (2 * d, 2 * d + 1) if config.rotary_interleaved else (d, d + half)
+            a, b = x_BNSD[:, :, s, i], x_BNSD[:, :, s, j]
+            rotated[:, :, s, i] = a * cos - b * sin
+            rotated[:, :, s, j] = b * cos + a * sin
     return rotated
 
 

@@ -106,7 +106,7 @@ def compare_tensors(one: Tensor, other: Tensor) -> tuple[Verdict, float, str]:
     """
     if one.shape != other.shape:
         shapes = f"{list(one.shape)} and {list(other.shape)}"
-        if one.dim() < 2 or one.shape[1:] != other.shape[1:]:
+        if one.dim() == 0 or one.shape[1:] != other.shape[1:]:
             return Verdict.SHAPES, 0.0, shapes
         rows = min(len(one), len(other))
         verdict, largest, _ = compare_tensors(one[:rows], other[:rows])

@@ -250,6 +250,7 @@ def _splits(gpt_j_residual: bool | None) -> dict[str, str]:
             max_position_embeddings=1,
             norm=norm,
             gpt_j_residual=gpt_j_residual,
+            use_bias_in_final_linear=True,
         )
         for layout in (
             embedding_layout(config, 1),

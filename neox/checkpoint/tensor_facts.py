@@ -175,8 +175,8 @@ def _mlp(block: _Layer) -> Facts:
     return facts
 
 
-def _bias(block: _Layer, name: str) -> Fact:
-    return block.fact(True, name) if name in block else block.fact(False, None, name)
+def _bias(layer: _Layer, name: str) -> Fact:
+    return layer.fact(True, name) if name in layer else layer.fact(False, None, name)
 
 
 def _ending(last: _Layer) -> Facts:
@@ -186,6 +186,7 @@ def _ending(last: _Layer) -> Facts:
         return {
             "num_layers": last.fact(last.index - 4, head),
             "no_weight_tying": last.fact(True, head),
+            "use_bias_in_final_linear": _bias(last, "final_linear.bias"),
         }
     norm = next((f"norm.{ending}" for ending in _NORMS if f"norm.{ending}" in last), None)
     if norm is not None:

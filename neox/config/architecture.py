@@ -26,6 +26,7 @@ ARCHITECTURE = (
     "max_position_embeddings",
     "rotary_pct",
     "rotary_emb_base",
+    "rotary_interleaved",
     "norm",
     "layernorm_epsilon",
     "rms_norm_epsilon",
@@ -39,6 +40,7 @@ ARCHITECTURE = (
     "use_bias_in_attn_linear",
     "use_bias_in_mlp",
     "no_weight_tying",
+    "use_bias_in_final_linear",
 )
 _KEYS = {key: spec for key, spec in keys_of(ModelConfig).items() if key in ARCHITECTURE}
 DEFAULTS = {key: spec.default for key, spec in _KEYS.items() if spec.default is not REQUIRED}
@@ -141,6 +143,7 @@ TRAITS = {
             matters=lambda config: _is_rotary(config) and _heads_divide(config),
         ),
         _key("rotary_emb_base", reads=("pos_emb",), matters=_is_rotary),
+        _key("rotary_interleaved", reads=("pos_emb",), matters=_is_rotary),
         _key("norm"),
         _key(
             "layernorm_epsilon",
@@ -179,6 +182,11 @@ TRAITS = {
         _key("use_bias_in_attn_linear"),
         _key("use_bias_in_mlp"),
         _key("no_weight_tying"),
+        _key(
+            "use_bias_in_final_linear",
+            reads=("no_weight_tying",),
+            matters=lambda config: config.no_weight_tying,
+        ),
     )
 }
 

@@ -17,6 +17,11 @@ _IDLE: dict[str, tuple[Callable[[NeoXConfig], bool], str]] = {
     "gpt_j_tied": (lambda c: not c.gpt_j_residual, "only gpt_j_residual: true reads it"),
     "rotary_pct": (lambda c: c.pos_emb != "rotary", _ROTARY),
     "rotary_emb_base": (lambda c: c.pos_emb != "rotary", _ROTARY),
+    "rotary_interleaved": (lambda c: c.pos_emb != "rotary", _ROTARY),
+    "use_bias_in_final_linear": (
+        lambda c: not c.no_weight_tying,
+        "only no_weight_tying: true reads it",
+    ),
     "layernorm_epsilon": (lambda c: c.norm != "layernorm", "only norm: layernorm reads it"),
     "rms_norm_epsilon": (lambda c: c.norm != "rmsnorm", "only norm: rmsnorm reads it"),
     "bias_gelu_fusion": (lambda c: c.activation != "gelu", "only activation: gelu reads it"),

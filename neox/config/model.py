@@ -78,6 +78,9 @@ class ModelConfig:
     )
     rotary_pct: float = key(1.0, "Share of each head that is rotated.", above=0, high=1)
     rotary_emb_base: int = key(10000, "Base of the rotary wavelengths.", low=1)
+    rotary_interleaved: bool = key(
+        False, "Turn neighbouring dimensions of a head as pairs (GPT-J); NeoX's are half apart."
+    )
     rotary_save_freqs_buffer: bool = ignored(
         False, "Keep the rotary frequencies in checkpoints.", "they are computed, never saved"
     )
@@ -153,6 +156,9 @@ class ModelConfig:
     use_bias_in_attn_linear: bool = key(True, "Biases in the attention's projections.")
     use_bias_in_mlp: bool = key(True, "Biases in the MLP's projections.")
     no_weight_tying: bool = key(False, "Give the output layer weights of its own.")
+    use_bias_in_final_linear: bool = key(
+        False, "A bias in the output layer, one number a token (GPT-J)."
+    )
     make_vocab_size_divisible_by: int = key(
         128, "The vocabulary is padded to a multiple of this times model_parallel_size.", low=1
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from itertools import product
+from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -125,7 +126,9 @@ class ZeroState:
         sizes = {sum(piece.size for piece in rank) for rank in ranks}
         shape = list(layout.shape)
         if layout.dim is not None:  # a vocabulary may have had other rows than now
-            rows = sum(sizes) // shape[1] if layout.is_vocab else shape[layout.dim] // self.tp
+            rows = (
+                sum(sizes) // prod(shape[1:]) if layout.is_vocab else shape[layout.dim] // self.tp
+            )
             shape[layout.dim] = rows
         if sizes != {torch.Size(shape).numel()}:
             index, name = place

@@ -74,7 +74,7 @@ class Attention(nn.Module):
         start = cache.length if cache is not None else 0
         if self.rotary is not None:
             cos, sin = self.rotary.angles(start, qkv.shape[0], like=qkv)
-            qkv = rotate_(self._split_heads, qkv, cos, sin)
+            qkv = rotate_(self._split_heads, qkv, cos, sin, self.rotary.interleaved)
         q, k, v = (heads.permute(1, 2, 0, 3) for heads in self._split_heads(qkv))
         if cache is not None:
             k, v = cache.append(k, v)
@@ -97,7 +97,7 @@ class Attention(nn.Module):
         if self.rotary is not None:
             longest = packing.tokens_GL.shape[1]
             cos, sin = self.rotary.angles_at(packing.positions_S, longest, like=qkv)
-            qkv = rotate_(self._split_heads, qkv, cos, sin)
+            qkv = rotate_(self._split_heads, qkv, cos, sin, self.rotary.interleaved)
         heads = self._split_heads(packing.spread(qkv[:, 0]))
         q, k, v = (heads_GLND.transpose(1, 2) for heads_GLND in heads)
         context_GNLD = self._attend(q, k, v, packing.mask(self.window))

@@ -116,7 +116,11 @@ class Head(nn.Module):
         super().__init__()
         self.groups = groups
         self.final_linear = column_linear(
-            config.hidden_size, padded_vocab_size, False, dtype, groups
+            config.hidden_size,
+            padded_vocab_size,
+            config.use_bias_in_final_linear,
+            dtype,
+            groups,
         )
 
     def forward(
@@ -136,12 +140,12 @@ def _project(
     loss_mask_BS: Tensor | None,
     groups: ProcessGroups,
 ) -> Tensor:
-    """Logits by the weight of `owner`, or the mean loss: neox.model.loss.output_loss."""
-    weight_VH = owner.get_parameter("weight")
+    """Logits by the parameters of `owner`, or the mean loss: neox.model.loss.output_loss."""
+    weight_VH, bias_V = _parameters(owner)
     x_BSH = copy_to_tensor_parallel(x_BSH, groups)
     if labels_BS is None or loss_mask_BS is None:
-        return linear(x_BSH, weight_VH)
-    return output_loss(x_BSH, weight_VH, labels_BS, loss_mask_BS, groups)
+        return linear(x_BSH, weight_VH, bias_V)
+    return output_loss(x_BSH, weight_VH, labels_BS, loss_mask_BS, groups, bias_V)
 
 
 def _score(
@@ -153,8 +157,17 @@ def _score(
     groups: ProcessGroups,
 ) -> Tensor:
     # V x U instead of U x V: with few hundred rows the product is a tenth faster on a CPU.
-    logits_VU = linear(owner.get_parameter("weight"), x_UH)
+    weight_VH, bias_V = _parameters(owner)
+    logits_VU = linear(weight_VH, x_UH)
+    if bias_V is not None:
+        logits_VU += bias_V[:, None]
     return score_targets_(logits_VU, rows_K, targets_K, vocab, groups)
+
+
+def _parameters(owner: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """Weight and, if there is one, bias."""
+    named = dict(owner.named_parameters())
+    return named["weight"], named.get("bias")
 
 
 TIED_EMBEDDING = "embed"  # upstream's key of the weights that first and last stage share

@@ -91,7 +91,12 @@ def embedding_layout(config: ModelConfig, padded_vocab_size: int) -> LayerLayout
 
 
 def head_layout(config: ModelConfig, padded_vocab_size: int) -> LayerLayout:
-    return {"final_linear.weight": _vocab_table(padded_vocab_size, config.hidden_size)}
+    layout = {"final_linear.weight": _vocab_table(padded_vocab_size, config.hidden_size)}
+    if config.use_bias_in_final_linear:
+        layout["final_linear.bias"] = ParamLayout(
+            (padded_vocab_size,), Split.COLUMN, Init.ZEROS, is_vocab=True
+        )
+    return layout
 
 
 def final_norm_layout(config: ModelConfig) -> LayerLayout:

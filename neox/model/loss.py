@@ -35,13 +35,14 @@ def output_loss(
     labels_BS: Tensor,
     loss_mask_BS: Tensor,
     groups: ProcessGroups,
+    bias_V: Tensor | None = None,
 ) -> Tensor:
     """Mean loss of the tokens that `loss_mask_BS` (float32, 0 or 1) selects: a float32 scalar.
 
-    `weight_VH` is this rank's slice of the output projection over the padded vocabulary; padding
-    rows take part in the softmax, as upstream's do. A micro-batch with nothing selected has loss 0,
-    not NaN. The softmax is float32 whatever the weights are. At tp > 1 the gradient of x is this
-    rank's summand: the caller sums it. Collective over the tp group.
+    `weight_VH` and `bias_V` are this rank's slice of the output projection over the padded
+    vocabulary; padding rows take part in the softmax, as upstream's do. A micro-batch with nothing
+    selected has loss 0, not NaN. The softmax is float32 whatever the weights are. At tp > 1 the
+    gradient of x is this rank's summand: the caller sums it. Collective over the tp group.
     """
     mask = loss_mask_BS.flatten().float()
     count = mask.sum().clamp(min=1.0)
@@ -51,7 +52,7 @@ def output_loss(
         small = weight_VH.dtype == torch.float16
         scale = count.clamp(max=_LARGEST_SCALE) if small else torch.ones_like(count)
     return _OutputLoss.apply(
-        x_BSH.flatten(0, 1), weight_VH, labels_BS.flatten(), shares, groups, scale
+        x_BSH.flatten(0, 1), weight_VH, bias_V, labels_BS.flatten(), shares, groups, scale
     )
 
 
@@ -68,6 +69,7 @@ class _OutputLoss(torch.autograd.Function):
         ctx: Any,
         x_TH: Tensor,
         weight_VH: Tensor,
+        bias_V: Tensor | None,
         labels_T: Tensor,
         shares_T: Tensor,
         groups: ProcessGroups,
@@ -76,16 +78,18 @@ class _OutputLoss(torch.autograd.Function):
         loss = shares_T.new_zeros(())
         pieces = chunks(len(x_TH), len(weight_VH))
         size = -(-len(x_TH) // pieces)
-        grad_x, grad_weight = None, None
+        grad_x, grad_weight, grad_bias = None, None, None
         if grad_scale is not None:
             grad_x = torch.empty_like(x_TH)
             # Sums over the chunks keep float32 where the weights are of 16 bits.
             grad_weight = torch.empty_like(weight_VH, dtype=torch.float32)
+            if bias_V is not None:
+                grad_bias = torch.zeros_like(bias_V, dtype=torch.float32)
         first_row = groups.tp_rank * len(weight_VH)
         for start in range(0, len(x_TH), size):
             part = slice(start, start + size)
             x, labels, shares = x_TH[part], labels_T[part, None] - first_row, shares_T[part]
-            logits = linear(x, weight_VH).float()
+            logits = linear(x, weight_VH, bias_V).float()
             losses, scale = _softmax_parts(logits, labels, groups)
             loss += torch.dot(losses, shares)
             if grad_scale is None or grad_x is None or grad_weight is None:
@@ -93,25 +97,29 @@ class _OutputLoss(torch.autograd.Function):
             scaled = shares * grad_scale
             grad_logits = logits.mul_(scale[:, None] * scaled[:, None])
             _subtract_targets(grad_logits, labels, scaled)
+            if grad_bias is not None:
+                grad_bias += grad_logits.sum(dim=0)
             grad_logits = grad_logits.to(weight_VH.dtype)
             grad_x[part] = linear(grad_logits, weight_VH.t())
             _add_product(grad_weight, grad_logits, x, first=start == 0)
             del logits, grad_logits
-        ctx.grads = (grad_x, grad_weight, grad_scale)
+        ctx.grads = (grad_x, grad_weight, grad_bias, grad_scale)
         ctx.weight_dtype = weight_VH.dtype
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         # The only references: none is copied.
-        (grad_x, grad_weight, grad_scale), ctx.grads = ctx.grads, None
-        assert grad_x is not None, "the loss was computed without gradients"
+        (*grads, grad_scale), ctx.grads = ctx.grads, None
+        assert grads[0] is not None, "the loss was computed without gradients"
         factor = grad_loss / grad_scale
-        if factor.device.type == "cpu" and factor == 1:  # the usual case, and a pass less
-            return grad_x, grad_weight.to(ctx.weight_dtype), *[None] * 4
+        if not (factor.device.type == "cpu" and factor == 1):  # the usual case, and a pass less
+            grads = [None if grad is None else grad.mul_(factor) for grad in grads]
+        grad_x, grad_weight, grad_bias = grads
         return (
-            grad_x.mul_(factor),
-            grad_weight.mul_(factor).to(ctx.weight_dtype),
+            grad_x,
+            grad_weight.to(ctx.weight_dtype),
+            None if grad_bias is None else grad_bias.to(ctx.weight_dtype),
             *[None] * 4,
         )
 

@@ -1,4 +1,8 @@
-"""Rotary position embedding (RoFormer, arXiv:2104.09864) in the half-split form of GPT-NeoX."""
+"""Rotary position embedding (RoFormer, arXiv:2104.09864), on pairs as GPT-NeoX's or as GPT-J's.
+
+Of a head's first rotary_dim elements, NeoX turns i with i + rotary_dim / 2, and GPT-J
+(`rotary_interleaved`) 2i with 2i + 1. The angle of pair i is the same.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +26,7 @@ class RotaryTable:
 
     def __init__(self, config: ModelConfig) -> None:
         self.dim = config.rotary_dim
+        self.interleaved = config.rotary_interleaved
         self._base = config.rotary_emb_base
         self._cos_TD = self._sin_TD = torch.empty(0, self.dim)
 
@@ -52,23 +57,32 @@ def frequencies(dim: int, base: int) -> Tensor:
     return 1.0 / (base**exponents)
 
 
-def rotate_(parts: Split, heads: Tensor, cos_SD: Tensor, sin_SD: Tensor) -> Tensor:
+def rotate_(
+    parts: Split, heads: Tensor, cos_SD: Tensor, sin_SD: Tensor, interleaved: bool = False
+) -> Tensor:
     """Turn the first rotary_dim elements of every query and key head, in the memory of `heads`.
 
     `heads` is what the projection made, [S, B, ...]; `parts` gives its views of queries, keys and
     values, [S, B, heads, D]. In place, because copies of all heads would be a quarter of what a
     layer keeps for its backward pass.
     """
-    return _Rotation.apply(parts, heads, cos_SD, sin_SD)
+    return _Rotation.apply(parts, heads, cos_SD, sin_SD, interleaved)
 
 
 class _Rotation(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, parts: Split, heads: Tensor, cos_SD: Tensor, sin_SD: Tensor) -> Tensor:
-        ctx.parts, ctx.angles = parts, (cos_SD, sin_SD)
+    def forward(
+        ctx: Any,
+        parts: Split,
+        heads: Tensor,
+        cos_SD: Tensor,
+        sin_SD: Tensor,
+        interleaved: bool,
+    ) -> Tensor:
+        ctx.parts, ctx.angles, ctx.interleaved = parts, (cos_SD, sin_SD), interleaved
         ctx.mark_dirty(heads)
         for part in parts(heads)[:2]:
-            _turn_(part, cos_SD, sin_SD)
+            _turn_(part, cos_SD, sin_SD, interleaved)
         return heads
 
     @staticmethod
@@ -76,15 +90,18 @@ class _Rotation(torch.autograd.Function):
         cos_SD, sin_SD = ctx.angles
         grad = grad.clone()
         for part in ctx.parts(grad)[:2]:
-            _turn_(part, cos_SD, -sin_SD)
-        return None, grad, None, None
+            _turn_(part, cos_SD, -sin_SD, ctx.interleaved)
+        return None, grad, None, None, None
 
 
-def _turn_(x_SBND: Tensor, cos_SD: Tensor, sin_SD: Tensor) -> None:
-    """Element i of a head's first rotary_dim turns with element i + rotary_dim / 2."""
+def _turn_(x_SBND: Tensor, cos_SD: Tensor, sin_SD: Tensor, interleaved: bool) -> None:
+    """The pairs are those of the module's docstring."""
     half = cos_SD.shape[-1] // 2
     cos, sin = (angles[:, None, None, :half] for angles in (cos_SD, sin_SD))
-    first, second = x_SBND[..., :half], x_SBND[..., half : 2 * half]
+    if interleaved:
+        first, second = x_SBND[..., : 2 * half].unflatten(-1, (half, 2)).unbind(-1)
+    else:
+        first, second = x_SBND[..., : 2 * half].chunk(2, dim=-1)
     turned = first * cos - second * sin
     second.mul_(cos).add_(first * sin)
     first.copy_(turned)

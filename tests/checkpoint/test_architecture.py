@@ -56,6 +56,7 @@ CONTRADICTIONS: list[tuple[str, dict[str, Any], Any, Any, bool]] = [
     ("max_position_embeddings", LEARNED, 16, 32, True),
     ("rotary_pct", {}, 0.5, 0.25, False),
     ("rotary_emb_base", {}, 10000, 10050, False),
+    ("rotary_interleaved", {}, False, True, False),
     ("norm", {}, "layernorm", "rmsnorm", True),
     ("layernorm_epsilon", {}, 1e-5, 1.1e-5, False),
     ("rms_norm_epsilon", {"norm": "rmsnorm"}, 1e-8, 1e-6, False),
@@ -73,6 +74,7 @@ CONTRADICTIONS: list[tuple[str, dict[str, Any], Any, Any, bool]] = [
     ("use_bias_in_attn_linear", {}, True, False, True),
     ("use_bias_in_mlp", {}, True, False, True),
     ("no_weight_tying", {}, True, False, True),
+    ("use_bias_in_final_linear", {}, False, True, True),
 ]
 
 

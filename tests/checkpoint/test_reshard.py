@@ -193,17 +193,24 @@ def test_the_run_goes_along_and_the_optimizer_stays(
 
 @pytest.mark.parametrize(("asked", "tokens"), [(96, None), (60, 50)])
 def test_other_rows_are_zeros_or_trimmed(tmp_path: Path, asked: int, tokens: int | None) -> None:
-    write_model(tmp_path, 5)
+    values = {"use_bias_in_final_linear": True}
+    write_model(tmp_path, 5, **values)
     checkpoint = Checkpoint.open(tmp_path)
     rows = choose_rows(checkpoint, at(4), asked, tokens)
-    reshard(checkpoint, tmp_path / "new", at(4), rows)
+    reshard(checkpoint, tmp_path / "new", at(4, **values), rows)
     new = Checkpoint.open(tmp_path / "new")
     assert new.padded_vocab_size == rows == asked
     assert new.manifest is not None and new.manifest.padded_vocab_size == asked
-    for index, name in ((0, "word_embeddings.weight"), (6, "final_linear.weight")):
+    weights = random_weights(config_of(**values))
+    vocabulary = (
+        (0, "word_embeddings.weight"),
+        (6, "final_linear.weight"),
+        (6, "final_linear.bias"),
+    )
+    for index, name in vocabulary:
         table = torch.cat([shard.tensors[name] for shard in new.shards(index)])
         kept = min(asked, VOCAB)
-        assert torch.equal(table[:kept], random_weights(config_of())[f"{index}.{name}"][:kept])
+        assert torch.equal(table[:kept], weights[f"{index}.{name}"][:kept])
         assert not table[kept:].any()
 
 

@@ -31,6 +31,7 @@ FROZEN = {
         pos_emb                                   acts     "learned"
         rotary_pct                                acts     1.0
         rotary_emb_base                           acts     10000
+        rotary_interleaved                        acts     false
         rotary_save_freqs_buffer                  ignored  false
         rpe_num_buckets                           refused  32
         rpe_max_distance                          refused  128
@@ -55,6 +56,7 @@ FROZEN = {
         use_bias_in_attn_linear                   acts     true
         use_bias_in_mlp                           acts     true
         no_weight_tying                           acts     false
+        use_bias_in_final_linear                  acts     false
         make_vocab_size_divisible_by              acts     128
         output_layer_parallelism                  acts     "column"
         num_unique_layers                         ignored  null
@@ -379,6 +381,7 @@ OURS = {  # the others are upstream's
     *("eval_data_dir", "eval_own_documents", "eval_batch_size", "eval_cache_dir", "eval_use_cache"),
     *("apply_chat_template", "chat_template_path"),
     *("wsd_decay_ratio", "wsd_decay_style"),
+    *("rotary_interleaved", "use_bias_in_final_linear"),
 }
 
 

@@ -411,6 +411,9 @@ BLEND = {f"{split}_data_paths": ["a"] for split in ("train", "valid", "test")}
     [
         ({"gpt_j_tied": True}, "gpt_j_tied is true, which does nothing: only gpt_j_residual: true"),
         ({"rotary_pct": 0.25}, "rotary_pct is 0.25, which does nothing: only pos_emb: rotary"),
+        ({"rotary_interleaved": True}, "which does nothing: only pos_emb: rotary reads it"),
+        ({"use_bias_in_final_linear": True}, "does nothing: only no_weight_tying: true reads it"),
+        ({"use_bias_in_final_linear": True, "no_weight_tying": True}, ""),
         ({"lr_decay_fraction": 0.5, "lr_decay_iters": 9}, "lr_decay_fraction is 0.5, which does"),
         ({"gpt_j_tied": True, "gpt_j_residual": True}, ""),
         ({"rotary_pct": 0.25, "pos_emb": "rotary"}, ""),

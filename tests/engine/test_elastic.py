@@ -206,6 +206,12 @@ TP2PP2, DP2, ONE = Topology(tp=2, pp=2), Topology(dp=2), Topology()
             (DP2, {}),
             [(TP2PP2, {}), (Topology(tp=2), NO_PIPELINE)],
         ),
+        # A bias over the vocabulary.
+        (
+            ARCHITECTURES["gpt_j"],
+            (TP2PP2, {}),
+            [(ONE, {}), (Topology(tp=2), NO_PIPELINE | ZERO_0)],
+        ),
         # Two stages hold the tied embedding, with the positions in it.
         (
             {"no_weight_tying": False, "pos_emb": "learned"},
@@ -242,7 +248,17 @@ TP2PP2, DP2, ONE = Topology(tp=2, pp=2), Topology(dp=2), Topology()
         ),
     ],
     ids=[
-        *("llama", "geglu", "tied", "tied_zero0", "tied0", "zero2", "momentum", "momentum_zero0"),
+        *(
+            "llama",
+            "geglu",
+            "gpt_j",
+            "tied",
+            "tied_zero0",
+            "tied0",
+            "zero2",
+            "momentum",
+            "momentum_zero0",
+        ),
         *("sgd", "sgd_zero0", "lion", "madgrad_zero0", "madgrad", "partition"),
     ],
 )
@@ -348,11 +364,13 @@ def resume(
 
 def test_rows_added_to_the_vocabulary_have_no_state(world: World, tmp_path: Path) -> None:
     folder, again = tmp_path / f"global_step{BEFORE}", tmp_path / "again"
-    world.run(4, start, TP2PP2, {}, str(folder), 0)
-    world.run(2, resume, Topology(tp=2), {}, VOCAB + 8, str(folder), str(again))
-    before, after = whole_state(folder, {}), whole_state(again, {}, VOCAB + 8)
+    values = {"use_bias_in_final_linear": True}
+    world.run(4, start, TP2PP2, values, str(folder), 0)
+    world.run(2, resume, Topology(tp=2), values, VOCAB + 8, str(folder), str(again))
+    before, after = whole_state(folder, values), whole_state(again, values, VOCAB + 8)
     grown = [name for name, tensor in after.items() if tensor.shape != before[name].shape]
-    assert len(grown) == 2 * 3  # of the embedding and the head: weights and Adam's two moments
+    # Of the embedding, and of the head weight and bias: the numbers and Adam's two moments.
+    assert len(grown) == 3 * 3
     for name in grown:
         assert not after[name][VOCAB:].any()
         after[name] = after[name][:VOCAB]

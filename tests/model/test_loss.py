@@ -122,6 +122,54 @@ def test_without_gradients_none_are_made() -> None:
     assert_close(loss, textbook(x, weight, labels, mask).detach())
 
 
+def with_bias(loss_of, *leaves: Tensor) -> list[Tensor]:
+    """The loss and the gradients of the activations, the weight and the bias."""
+    leaves = tuple(leaf.clone().requires_grad_() for leaf in leaves)
+    loss = loss_of(*leaves)
+    (3 * loss).backward()
+    return [loss.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
+
+
+@pytest.mark.parametrize("rows", [1, 4, 100], ids="rows-{}".format)
+def test_a_bias_has_the_textbook_gradient(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+    monkeypatch.setattr(neox.model.loss, "CHUNK_BYTES", rows * V * 4)
+    x, weight, labels, mask = operands()
+    bias = torch.randn(V, generator=torch.Generator().manual_seed(1))
+
+    def written_out(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        logits = (x @ weight.T + bias).flatten(0, 1)
+        losses = F.cross_entropy(logits, labels.flatten(), reduction="none")
+        return (losses * mask.flatten()).sum() / mask.sum()
+
+    def ours(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return output_loss(x, weight, labels, mask, ProcessGroups.single(), bias)
+
+    pairs = zip(
+        with_bias(ours, x, weight, bias), with_bias(written_out, x, weight, bias), strict=True
+    )
+    for found, expected in pairs:
+        assert_close(found, expected, atol=1e-6, rtol=1e-5)
+
+
+def test_a_bfloat16_bias_sums_its_gradient_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In chunks of one position. Sums of hundreds of numbers in 8 bits would be off by percents."""
+    monkeypatch.setattr(neox.model.loss, "CHUNK_BYTES", V * 4)
+    x, weight, labels, mask = operands(torch.bfloat16, length=200)
+    bias = torch.zeros(V, dtype=torch.bfloat16)
+    _, _, _, found = with_bias(
+        lambda *leaves: output_loss(*leaves[:2], labels, mask, ProcessGroups.single(), leaves[2]),
+        x,
+        weight,
+        bias,
+    )
+    logits = F.linear(x, weight).float().flatten(0, 1).requires_grad_()
+    losses = F.cross_entropy(logits, labels.flatten(), reduction="none")
+    (3 * (losses * mask.flatten()).sum() / mask.sum()).backward()
+    assert logits.grad is not None
+    assert found.dtype == torch.bfloat16
+    assert_close(found.float(), logits.grad.sum(dim=0), atol=1e-6, rtol=2**-8)
+
+
 def sliced(rank: int) -> None:
     """Each rank has half of the vocabulary; the gradient of x is a summand."""
     groups = initialize(Topology(tp=2), "gloo", torch.device("cpu"))
