@@ -6,17 +6,16 @@ behind them, as a tp rank of a NeoX model with a parallel residual does.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from neox.checkpoint.lazy import LazyTensors, Recipe
 from neox.checkpoint.sources import Shard
-from neox.config import mesh
+from neox.config import ModelConfig, mesh
 from neox.config.npz import Array
 from neox.errors import CheckpointError, ConfigError, DamageError
 
@@ -28,8 +27,9 @@ class MeshFiles:
     norms are shard 0's, which is the one that JAX uses.
     """
 
-    def __init__(self, folder: Path, given: Mapping[str, Any] | None = None) -> None:
-        """`given` are NeoX's keys that a configuration has. Raises CheckpointError."""
+    def __init__(self, folder: Path, config: ModelConfig | None = None) -> None:
+        """`config` tells of the heads what no array does. Raises CheckpointError."""
+        given = {} if config is None else {key: getattr(config, key) for key in mesh.UNSTORED}
         try:
             self.config = mesh.read_folder(folder, given)
         except ConfigError as error:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from neox.checkpoint.files import check_crc, save_file
 from neox.checkpoint.hf.files import TransformersFiles
 from neox.checkpoint.manifest import HAS_MANIFEST, MANIFEST, Entry, Manifest
+from neox.checkpoint.mesh import MeshFiles
 from neox.checkpoint.sources import (
     LayerFiles,
     ModelFiles,
@@ -32,7 +33,9 @@ from neox.checkpoint.sources import (
     layer_file,
     load_model_file,
 )
+from neox.config import ModelConfig
 from neox.config.hf import is_transformers
+from neox.config.mesh import is_mesh
 from neox.errors import CheckpointError, DamageError
 from neox.model.gpt import Layer, LocalLayers
 from neox.model.layout import ParamLayout
@@ -77,8 +80,13 @@ def resolve(directory: Path, iteration: int | None) -> Path:
 
 
 def holds_weights(directory: Path) -> bool:
-    """Whether a folder itself holds a checkpoint's files, or is one of transformers."""
-    return has_layer_files(directory) or has_model_files(directory) or is_transformers(directory)
+    """Whether a folder itself holds a checkpoint's files, of any program."""
+    return (
+        has_layer_files(directory)
+        or has_model_files(directory)
+        or is_transformers(directory)
+        or is_mesh(directory)
+    )
 
 
 def latest_name(directory: Path) -> str:
@@ -160,15 +168,20 @@ class Checkpoint:
     _ahead: list[_Ahead] = field(repr=False, default_factory=list)  # at most one
 
     @classmethod
-    def open(cls, directory: Path, iteration: int | None = None) -> Checkpoint:
+    def open(
+        cls, directory: Path, iteration: int | None = None, config: ModelConfig | None = None
+    ) -> Checkpoint:
         """Find the files of a step and check that there are as many shards of every layer.
 
-        The directory may also be a transformers folder. Raises CheckpointError, also for files
-        that the manifest lists and are missing or of another size.
+        The directory may also be a transformers folder, or one of mesh-transformer-jax, whose
+        heads `config` tells. Raises CheckpointError, also for files that the manifest lists and
+        are missing or of another size.
         """
         folder = resolve(directory, iteration)
         if folder == directory and is_transformers(folder):
             return cls(folder, TransformersFiles(folder))
+        if folder == directory and is_mesh(folder):
+            return cls(folder, MeshFiles(folder, config))
         manifest = read_manifest(folder)
         if manifest is not None:
             manifest.check_sizes("layer_*")
@@ -214,7 +227,7 @@ class Checkpoint:
                 raise CheckpointError(
                     f"{shard.where} holds no {name}: it is not an embedding layer."
                 )
-            rows += shard.tensors[name].shape[0]
+            rows += shard.described(name).shape[0]
         return rows
 
     def shards(self, index: int) -> list[Shard]:
@@ -331,6 +344,17 @@ class Checkpoint:
 
     def tensors(self, layer: Layer) -> Iterator[tuple[str, ParamLayout, list[Tensor]]]:
         """Each parameter of a layer with its layout and its stored shards, checked."""
+        stored = self._fitting(layer)
+        for name, layout in (layer.layout or {}).items():
+            yield name, layout, [shard.tensors[name] for shard in stored]
+
+    def dtypes(self, layer: Layer) -> dict[str, torch.dtype]:
+        """The precision of each parameter of a layer, whose numbers are not read."""
+        stored = self._fitting(layer)
+        return {name: stored[0].described(name).dtype for name in layer.layout or {}}
+
+    def _fitting(self, layer: Layer) -> list[Shard]:
+        """The shards of a layer. Raises CheckpointError where names or shapes are others."""
         assert layer.layout is not None
         if layer.index != layer.file_index and layer.index in self.source.indices:
             raise CheckpointError(
@@ -342,9 +366,9 @@ class Checkpoint:
         for shard in stored:
             self._check_names(shard, layer)
         for name, layout in layer.layout.items():
-            tensors = [shard.tensors[name] for shard in stored]
-            self._check_shapes(layer.file_index, name, tensors, layout)
-            yield name, layout, tensors
+            shards = [shard.described(name) for shard in stored]
+            self._check_shapes(layer.file_index, name, shards, layout)
+        return stored
 
     def _check_names(self, shard: Shard, layer: Layer) -> None:
         assert layer.layout is not None

@@ -101,6 +101,11 @@ class Folder:
     precision: str | None  # that the weights were saved in, if told
 
     @property
+    def where(self) -> Path:
+        """What says so."""
+        return self.path / CONFIG
+
+    @property
     def tokenizer(self) -> Path | None:
         """Its tokenizer.json, if it has one."""
         path = self.path / TOKENIZER

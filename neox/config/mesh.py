@@ -45,8 +45,9 @@ _PROJECTION = {
     "replicated_layer_norm/scale": "H",
 }
 
-# What no array tells, of GPT-J-6B, whose width is 4096.
-_WIDTH_OF_6B, _HEADS_OF_6B = 4096, 16
+# What no array tells; and that of GPT-J-6B, whose width is 4096.
+UNSTORED = ("num_attention_heads", "rotary_pct", "max_position_embeddings")
+WIDTH_OF_6B, _HEADS_OF_6B = 4096, 16
 _ROTARY_DIM = 64
 _CONTEXT = 2048
 
@@ -75,18 +76,20 @@ class Folder:
     vocab_size: int  # rows of the embedding
     precision: str | None
     tokenizer: Path | None = None
-    origin: str = "mesh-transformer-jax"
 
     @property
-    def text(self) -> str:
-        """What said so."""
-        return str(self.path)
+    def where(self) -> Path:
+        """What says so."""
+        return self.path
+
+    @property
+    def untold(self) -> list[str]:
+        """The keys that a configuration has to give."""
+        return [key for key in UNSTORED if key not in self.values]
 
     def said(self, name: str) -> str:
-        """How the folder settles NeoX's key `name`."""
-        if name in ("num_layers", "hidden_size", "intermediate_size"):
-            return f"{name} is {show(self.values[name])} by the arrays"
-        return f"{name} is {show(self.values.get(name))} in GPT-J"
+        """What the folder says of NeoX's key `name`."""
+        return f"{name} is {show(self.values.get(name))}"
 
 
 def is_mesh(folder: Path) -> bool:
@@ -149,12 +152,12 @@ def _unstored(hidden: int, given: Mapping[str, Any]) -> dict[str, Any]:
     values: dict[str, Any] = {
         "max_position_embeddings": given.get("max_position_embeddings", _CONTEXT)
     }
-    heads = given.get("num_attention_heads", _HEADS_OF_6B if hidden == _WIDTH_OF_6B else None)
+    heads = given.get("num_attention_heads", _HEADS_OF_6B if hidden == WIDTH_OF_6B else None)
     if heads is not None:
         values["num_attention_heads"] = heads
     if "rotary_pct" in given:
         values["rotary_pct"] = given["rotary_pct"]
-    elif hidden == _WIDTH_OF_6B and heads is not None and heads * _ROTARY_DIM <= hidden:
+    elif hidden == WIDTH_OF_6B and heads is not None and heads * _ROTARY_DIM <= hidden:
         values["rotary_pct"] = _ROTARY_DIM * heads / hidden
     return values
 

@@ -97,7 +97,7 @@ def _parts(
             f"is repeated {config.num_attention_heads // config.kv_heads} times"
         )
     for layer in with_files:
-        stored = {name: shards[0].dtype for name, _, shards in checkpoint.tensors(layer)}
+        stored = checkpoint.dtypes(layer)
         if foreign := {str(found) for found in stored.values() if not is_writable(found)}:
             raise CheckpointError(f"{checkpoint.folder} holds {', '.join(foreign)} numbers.")
         for recipe in recipes(config, kind, layer):
