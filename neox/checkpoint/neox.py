@@ -39,6 +39,7 @@ from neox.config.mesh import is_mesh
 from neox.errors import CheckpointError, DamageError
 from neox.model.gpt import Layer, LocalLayers
 from neox.model.layout import ParamLayout
+from neox.model.quantized import EightBit, cut, quantize
 from neox.model.shard import file_shard, reshard, reshard_into
 from neox.parallel.groups import ProcessGroups
 
@@ -260,6 +261,9 @@ class Checkpoint:
         parameters = dict(module.named_parameters())
         with torch.no_grad():
             for name, layout, shards in self.tensors(layer):
+                if name not in parameters:
+                    _hold_eight_bit(module, name, layout, shards, groups)
+                    continue
                 target = parameters[name]
                 reshard_into(target, shards, layout, groups.tp_rank, groups.tp)
                 if target.dtype is torch.float16 and shards[0].dtype is not torch.float16:
@@ -409,6 +413,17 @@ class Checkpoint:
                 f"(over {len(shards)} shards), but the configuration makes it {wanted}: it is of "
                 "another model."
             )
+
+
+def _hold_eight_bit(
+    module: nn.Module, name: str, layout: ParamLayout, shards: list[Tensor], groups: ProcessGroups
+) -> None:
+    """Fill an 8-bit weight. Blocks are those of the whole tensor, which is joined for it."""
+    place = module.get_submodule(name)
+    assert isinstance(place, EightBit), name
+    is_whole = len(shards) == 1 and shards[0].shape == layout.shape
+    whole = shards[0] if is_whole else reshard(shards, layout, 0, 1)
+    place.assign(cut(quantize(whole), layout, groups.tp_rank, groups.tp))
 
 
 def save_layers(folder: Path, local: LocalLayers, groups: ProcessGroups) -> dict[str, Entry]:

@@ -12,6 +12,7 @@ from neox.config.data import DataConfig
 from neox.config.deepspeed import DeepSpeedConfig
 from neox.config.evaluation import EvaluationConfig
 from neox.config.fields import keys_of
+from neox.config.frozen import FrozenConfig
 from neox.config.logging import LoggingConfig
 from neox.config.lr_scheduler import LRSchedulerConfig
 from neox.config.model import ModelConfig
@@ -31,6 +32,7 @@ SECTIONS = (
     OptimizerConfig,
     LRSchedulerConfig,
     TrainingConfig,
+    FrozenConfig,
     DataConfig,
     TokenizerConfig,
     LoggingConfig,
@@ -50,6 +52,7 @@ class NeoXConfig(
     OptimizerConfig,
     LRSchedulerConfig,
     TrainingConfig,
+    FrozenConfig,
     DataConfig,
     TokenizerConfig,
     LoggingConfig,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from neox.config import agreement, needs, optimizer_checks, source
+from neox.config import agreement, frozen_checks, needs, optimizer_checks, source
 from neox.config.accept import accept_all, hoist_extra_args, report_missing
 from neox.config.adopt import adopt_folder
 from neox.config.config import NeoXConfig
@@ -169,7 +169,12 @@ def _settle(draft: Draft, purpose: Purpose | None, world_size: WorldSize) -> Neo
         config = _build(draft)
     settle_sizes(draft, config, world_size, strict=purpose == "train")
     config = _build(draft)
-    for checks in (agreement.CHECKS, optimizer_checks.CHECKS, needs.CHECKS):
+    for checks in (
+        agreement.CHECKS,
+        optimizer_checks.CHECKS,
+        frozen_checks.CHECKS,
+        needs.CHECKS,
+    ):
         for key, message in list(checks.run(config, purpose, draft.bad)):
             draft.problem(key, message)
     for key, message in idle_keys(config):

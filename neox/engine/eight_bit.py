@@ -6,15 +6,15 @@ A tensor's moments are kept as codes of one byte, a scale for each 256 of them, 
 
 from __future__ import annotations
 
-import contextlib
-import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+
+from neox.model.quantized import silently
 
 _BLOCK = 256
 _WRAPPED = "__bnb_optimizer_quant_state__"  # its state_dict puts codes and tables one level down
@@ -61,7 +61,7 @@ def moments(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def build_adam8bit(groups: list[dict[str, object]], **settings: Any) -> Optimizer:
-    with _silently():
+    with silently():
         from bitsandbytes.optim import AdamW8bit
     optimizer: Optimizer = AdamW8bit(groups, **settings)
     return optimizer
@@ -77,7 +77,7 @@ def state_bits(optimizer: Optimizer) -> int:
 
 def quantized(optimizer: Any, parameter: Tensor, state: Mapping[str, Any]) -> dict[str, Any]:
     """8-bit Adam's own state of a parameter, from `exp_avg`, `exp_avg_sq` and `step` in fp32."""
-    with _silently():
+    with silently():
         from bitsandbytes.functional import quantize_blockwise
     own: dict[str, Any] = {"step": int(state["step"])}
     for digit, name in _MOMENTS.items():
@@ -88,15 +88,3 @@ def quantized(optimizer: Any, parameter: Tensor, state: Mapping[str, Any]) -> di
         codes, made = quantize_blockwise(state[name], table, blocksize=_BLOCK)
         own |= {f"state{digit}": codes, f"qmap{digit}": table, f"absmax{digit}": made.absmax}
     return own
-
-
-@contextlib.contextmanager
-def _silently() -> Iterator[None]:
-    """Without its lines about kernels that it could have with more packages."""
-    logger = logging.getLogger("bitsandbytes")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

@@ -16,6 +16,7 @@ from neox.config import ModelConfig
 from neox.model.cpu_attention import LONGEST, causal_attention
 from neox.model.packing import Packing
 from neox.model.positions import RotaryTable, rotate_
+from neox.model.projection import project
 from neox.parallel.groups import ProcessGroups
 from neox.parallel.layers import column_linear, row_linear
 from neox.parallel.rng import DropoutStreams
@@ -68,7 +69,7 @@ class Attention(nn.Module):
 
         With a packing, B is 1 and the row is many texts.
         """
-        qkv = self.query_key_value(x_SBH)
+        qkv = project(self.query_key_value, x_SBH)
         if packing is not None:
             return self._attend_packed(qkv, packing)
         start = cache.length if cache is not None else 0

@@ -14,8 +14,8 @@ from neox.model.mlp import MLP
 from neox.model.norms import Norm, build_norm
 from neox.model.packing import Packing
 from neox.model.positions import RotaryTable
+from neox.model.projection import bias_of, project_with
 from neox.parallel.groups import ProcessGroups
-from neox.parallel.layers import linear
 from neox.parallel.region import TensorParallelRegion
 from neox.parallel.rng import DropoutStreams
 
@@ -88,7 +88,7 @@ class TransformerLayer(nn.Module):
             id(parameter): parameter
             for branch in branches
             for parameter in (*branch.norm.parameters(), branch.row.bias)
-            if isinstance(parameter, Tensor)
+            if isinstance(parameter, Tensor) and parameter.requires_grad
         }
         whole, *copies = self.region.enter(x_SBH, *replicas.values())
         replica = dict(zip(replicas, copies, strict=True))
@@ -96,14 +96,15 @@ class TransformerLayer(nn.Module):
         total = None
         for norm, inner, row in branches:
             if id(norm) not in normed:
-                weights = (replica[id(weight)] for weight in norm.parameters())
+                weights = (replica.get(id(weight), weight) for weight in norm.parameters())
                 normed[id(norm)] = norm.apply_with(whole, *weights)
             x = normed[id(norm)]
             if isinstance(inner, Attention):
                 x_local = _of(inner(x, cache, packing), wanted_U)
             else:
                 x_local = inner(_of(x, wanted_U))
-            bias = replica[id(row.bias)] if isinstance(row.bias, Tensor) else None
+            bias = bias_of(row)
+            bias = replica.get(id(bias), bias)
             summand = self._drop(self._row_summand(row, x_local, bias))
             total = summand if total is None else total + summand
         assert total is not None
@@ -116,7 +117,7 @@ class TransformerLayer(nn.Module):
         """
         if bias is not None and self.region.tp > 1:
             bias = bias / self.region.tp
-        return linear(x_local, row.get_parameter("weight"), bias)
+        return project_with(row, x_local, bias)
 
     def _drop(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout, self.training) if self.dropout else x

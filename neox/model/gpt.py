@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from neox.config import ModelConfig
 from neox.model.block import TransformerLayer
+from neox.model.frozen import Frozen
 from neox.model.layout import (
     LayerLayout,
     embedding_layout,
@@ -33,6 +34,7 @@ from neox.model.layout import (
 from neox.model.loss import output_loss, score_targets_
 from neox.model.norms import build_norm
 from neox.model.positions import RotaryTable
+from neox.model.projection import adapter_of, bias_of, look_up, project, weight_of
 from neox.parallel.groups import ProcessGroups
 from neox.parallel.layers import column_linear, copy_to_tensor_parallel, linear, vocab_embedding
 from neox.parallel.region import TensorParallelRegion
@@ -53,6 +55,7 @@ class Embedding(nn.Module):
         super().__init__()
         self.groups = groups
         self.region = region
+        self.dtype = dtype
         self.dropout = config.hidden_dropout
         self.word_embeddings = vocab_embedding(padded_vocab_size, config.hidden_size, dtype, groups)
         self.position_embeddings: nn.Embedding | None = None
@@ -69,10 +72,9 @@ class Embedding(nn.Module):
         `positions_S` gives every token's, where they do not follow each other.
         """
         summand = self.region.splits_sequence
-        if summand:
-            x_BSH = self.word_embeddings(tokens_BS, reduce=False)
-        else:
-            x_BSH = self.word_embeddings(tokens_BS)
+        x_BSH = look_up(
+            self.word_embeddings, tokens_BS, self.dtype, self.groups, reduce=not summand
+        )
         if self.position_embeddings is not None:
             if positions_S is None:
                 stop = start + tokens_BS.shape[1]
@@ -140,12 +142,11 @@ def _project(
     loss_mask_BS: Tensor | None,
     groups: ProcessGroups,
 ) -> Tensor:
-    """Logits by the parameters of `owner`, or the mean loss: neox.model.loss.output_loss."""
-    weight_VH, bias_V = _parameters(owner)
+    """Logits by the layer `owner`, or the mean loss: neox.model.loss.output_loss."""
     x_BSH = copy_to_tensor_parallel(x_BSH, groups)
     if labels_BS is None or loss_mask_BS is None:
-        return linear(x_BSH, weight_VH, bias_V)
-    return output_loss(x_BSH, weight_VH, labels_BS, loss_mask_BS, groups, bias_V)
+        return project(owner, x_BSH)
+    return output_loss(x_BSH, owner, labels_BS, loss_mask_BS, groups)
 
 
 def _score(
@@ -156,18 +157,15 @@ def _score(
     vocab: int,
     groups: ProcessGroups,
 ) -> Tensor:
-    # V x U instead of U x V: with few hundred rows the product is a tenth faster on a CPU.
-    weight_VH, bias_V = _parameters(owner)
-    logits_VU = linear(weight_VH, x_UH)
-    if bias_V is not None:
-        logits_VU += bias_V[:, None]
+    weight_VH, bias_V = weight_of(owner), bias_of(owner)
+    if isinstance(weight_VH, Tensor) and adapter_of(owner) is None:
+        # V x U instead of U x V: with few hundred rows the product is a tenth faster on a CPU.
+        logits_VU = linear(weight_VH, x_UH)
+        if bias_V is not None:
+            logits_VU += bias_V[:, None]
+    else:
+        logits_VU = project(owner, x_UH).t().contiguous()
     return score_targets_(logits_VU, rows_K, targets_K, vocab, groups)
-
-
-def _parameters(owner: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """Weight and, if there is one, bias."""
-    named = dict(owner.named_parameters())
-    return named["weight"], named.get("bias")
 
 
 TIED_EMBEDDING = "embed"  # upstream's key of the weights that first and last stage share
@@ -187,6 +185,19 @@ class Layer:
     layout: LayerLayout | None = None
     tied: str | None = None
     forward: Callable[..., Tensor] | None = None
+    frozen: Frozen | None = None
+
+    @property
+    def adapters(self) -> LayerLayout:
+        """The layout of its LoRA adapters; none where it is trained whole."""
+        return self.frozen.adapters(self.index, self.layout) if self.frozen and self.layout else {}
+
+    @property
+    def trained(self) -> LayerLayout:
+        """The layout of what an optimizer changes."""
+        if self.layout is None or self.forward is not None:
+            return {}
+        return self.layout if self.frozen is None else self.frozen.trained(self.index, self.layout)
 
     @property
     def has_parameters(self) -> bool:
@@ -215,10 +226,13 @@ class Layer:
             return self.kind
         module = self.kind(*self.args)
         assert self.layout is not None
+        if self.frozen is not None:
+            self.frozen.treat(module, self.index, self.layout)
+        layout = self.layout | self.adapters
         for name, parameter in module.named_parameters():
             # DeepSpeed counts a parameter in the gradient norm on every tp rank if it is a shard,
             # and on the first one only if it is a replica.
-            parameter.tensor_model_parallel = self.layout[name].dim is not None
+            parameter.tensor_model_parallel = layout[name].dim is not None
         return module
 
 
@@ -253,10 +267,12 @@ def layers(
     groups: ProcessGroups,
     streams: DropoutStreams | None = None,
     region: TensorParallelRegion | None = None,
+    frozen: Frozen | None = None,
 ) -> list[Layer]:
     """The whole model; position in the list is NeoX's layer index. Nothing is allocated yet.
 
-    With a `region` of its own, a model may be told to split sequences (sequence_parallel).
+    With a `region` of its own, a model may be told to split sequences (sequence_parallel). Of a
+    `frozen` one only what that says is trained.
     """
     depth = config.num_layers
     rotary = RotaryTable(config) if config.pos_emb == "rotary" else None
@@ -269,18 +285,23 @@ def layers(
         args=(*vocab_args, region),
         layout=embedding_layout(config, padded_vocab_size),
         tied=None if config.no_weight_tying else TIED_EMBEDDING,
+        frozen=frozen,
     )
     if config.no_weight_tying:
-        head = Layer(depth + 4, Head, vocab_args, head_layout(config, padded_vocab_size))
+        head_params = head_layout(config, padded_vocab_size)
+        head = Layer(depth + 4, Head, vocab_args, head_params, frozen=frozen)
     else:
         head = first(depth + 4, forward=Embedding.project)
     block_layout = transformer_layout(config)
     return [
         first(0),
         Layer(1, region.start),
-        *(Layer(i + 2, TransformerLayer, block_args, block_layout) for i in range(depth)),
+        *(
+            Layer(i + 2, TransformerLayer, block_args, block_layout, frozen=frozen)
+            for i in range(depth)
+        ),
         Layer(depth + 2, region.end),
-        Layer(depth + 3, FinalNorm, (config, dtype), final_norm_layout(config)),
+        Layer(depth + 3, FinalNorm, (config, dtype), final_norm_layout(config), frozen=frozen),
         head,
     ]
 

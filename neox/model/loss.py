@@ -7,12 +7,21 @@ their gradient goes into the projection's at once: the products are the same, ea
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
+from neox.model.projection import (
+    Weight,
+    adapter_of,
+    bias_of,
+    product,
+    product_back,
+    weight_of,
+)
 from neox.parallel.groups import ProcessGroups
 from neox.parallel.layers import linear
 
@@ -31,28 +40,31 @@ _LARGEST_SCALE = 4096.0
 
 def output_loss(
     x_BSH: Tensor,
-    weight_VH: Tensor,
+    owner: nn.Module,
     labels_BS: Tensor,
     loss_mask_BS: Tensor,
     groups: ProcessGroups,
-    bias_V: Tensor | None = None,
 ) -> Tensor:
     """Mean loss of the tokens that `loss_mask_BS` (float32, 0 or 1) selects: a float32 scalar.
 
-    `weight_VH` and `bias_V` are this rank's slice of the output projection over the padded
-    vocabulary; padding rows take part in the softmax, as upstream's do. A micro-batch with nothing
-    selected has loss 0, not NaN. The softmax is float32 whatever the weights are. At tp > 1 the
-    gradient of x is this rank's summand: the caller sums it. Collective over the tp group.
+    `owner` is the output projection, this rank's slice of it over the padded vocabulary: see
+    neox.model.projection. Padding rows take part in the softmax, as upstream's do. A micro-batch
+    with nothing selected has loss 0, not NaN. The softmax is float32 whatever the weights are. At
+    tp > 1 the gradient of x is this rank's summand: the caller sums it. Collective over the tp
+    group.
     """
     mask = loss_mask_BS.flatten().float()
     count = mask.sum().clamp(min=1.0)
     shares = mask / count  # of each token in the mean
     scale = None
     if torch.is_grad_enabled():
-        small = weight_VH.dtype == torch.float16
+        small = x_BSH.dtype == torch.float16
         scale = count.clamp(max=_LARGEST_SCALE) if small else torch.ones_like(count)
+    x_TH, adapter = x_BSH.flatten(0, 1), adapter_of(owner)
+    low_rank = (None, None) if adapter is None else adapter.low_rank(x_TH)
+    weight, bias = weight_of(owner), bias_of(owner)
     return _OutputLoss.apply(
-        x_BSH.flatten(0, 1), weight_VH, bias_V, labels_BS.flatten(), shares, groups, scale
+        x_TH, weight, bias, *low_rank, labels_BS.flatten(), shares, groups, scale
     )
 
 
@@ -62,66 +74,93 @@ def chunks(tokens: int, local_vocab: int) -> int:
 
 
 class _OutputLoss(torch.autograd.Function):
-    """Gradients are found in the forward pass, while the logits are there."""
+    """Gradients are found in the forward pass, while the logits are there.
+
+    The logits are x W^T + bias + h up^T, the last of them with an adapter: h [T, R], up [V, R].
+    """
 
     @staticmethod
     def forward(
         ctx: Any,
         x_TH: Tensor,
-        weight_VH: Tensor,
+        weight_VH: Weight,
         bias_V: Tensor | None,
+        h_TR: Tensor | None,
+        up_VR: Tensor | None,
         labels_T: Tensor,
         shares_T: Tensor,
         groups: ProcessGroups,
         grad_scale: Tensor | None,
     ) -> Tensor:
         loss = shares_T.new_zeros(())
-        pieces = chunks(len(x_TH), len(weight_VH))
-        size = -(-len(x_TH) // pieces)
-        grad_x, grad_weight, grad_bias = None, None, None
+        vocab, dtype = weight_VH.shape[0], x_TH.dtype
+        size = -(-len(x_TH) // chunks(len(x_TH), vocab))
+        grads = _Gradients(x_TH, weight_VH, bias_V, h_TR, up_VR)
         if grad_scale is not None:
-            grad_x = torch.empty_like(x_TH)
-            # Sums over the chunks keep float32 where the weights are of 16 bits.
-            grad_weight = torch.empty_like(weight_VH, dtype=torch.float32)
-            if bias_V is not None:
-                grad_bias = torch.zeros_like(bias_V, dtype=torch.float32)
-        first_row = groups.tp_rank * len(weight_VH)
+            grads.allocate(ctx.needs_input_grad)
         for start in range(0, len(x_TH), size):
             part = slice(start, start + size)
-            x, labels, shares = x_TH[part], labels_T[part, None] - first_row, shares_T[part]
-            logits = linear(x, weight_VH, bias_V).float()
+            labels, shares = labels_T[part, None] - groups.tp_rank * vocab, shares_T[part]
+            logits = product(x_TH[part], weight_VH, bias_V)
+            if h_TR is not None and up_VR is not None:
+                logits += linear(h_TR[part], up_VR)
+            logits = logits.float()
             losses, scale = _softmax_parts(logits, labels, groups)
             loss += torch.dot(losses, shares)
-            if grad_scale is None or grad_x is None or grad_weight is None:
+            if grad_scale is None:
                 continue
             scaled = shares * grad_scale
             grad_logits = logits.mul_(scale[:, None] * scaled[:, None])
             _subtract_targets(grad_logits, labels, scaled)
-            if grad_bias is not None:
-                grad_bias += grad_logits.sum(dim=0)
-            grad_logits = grad_logits.to(weight_VH.dtype)
-            grad_x[part] = linear(grad_logits, weight_VH.t())
-            _add_product(grad_weight, grad_logits, x, first=start == 0)
+            grads.add(part, grad_logits)
             del logits, grad_logits
-        ctx.grads = (grad_x, grad_weight, grad_bias, grad_scale)
-        ctx.weight_dtype = weight_VH.dtype
+        ctx.grads, ctx.grad_scale, ctx.dtype = grads.found, grad_scale, dtype
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         # The only references: none is copied.
-        (*grads, grad_scale), ctx.grads = ctx.grads, None
-        assert grads[0] is not None, "the loss was computed without gradients"
-        factor = grad_loss / grad_scale
+        grads, ctx.grads = ctx.grads, None
+        assert grads, "the loss was computed without gradients, or for none"
+        factor = grad_loss / ctx.grad_scale
         if not (factor.device.type == "cpu" and factor == 1):  # the usual case, and a pass less
-            grads = [None if grad is None else grad.mul_(factor) for grad in grads]
-        grad_x, grad_weight, grad_bias = grads
-        return (
-            grad_x,
-            grad_weight.to(ctx.weight_dtype),
-            None if grad_bias is None else grad_bias.to(ctx.weight_dtype),
-            *[None] * 4,
-        )
+            for grad in grads.values():
+                grad.mul_(factor)
+        return *(grads[i].to(ctx.dtype) if i in grads else None for i in range(5)), *[None] * 4
+
+
+class _Gradients:
+    """Those of the inputs of `_OutputLoss`, by their place among them, summed over the chunks.
+
+    Only of those that want one. Sums over the chunks keep float32 where the weights are of 16 bits.
+    """
+
+    def __init__(self, *inputs: Any) -> None:
+        self._x_TH, self._weight_VH, _, self._h_TR, self._up_VR = self._inputs = inputs
+        self.found: dict[int, Tensor] = {}
+
+    def allocate(self, wanted: Sequence[bool]) -> None:
+        of_chunks = (0, 3)  # x and h: each chunk writes its own rows
+        for place in range(5):
+            if wanted[place]:
+                like = self._inputs[place]
+                dtype = like.dtype if place in of_chunks else torch.float32
+                make = torch.zeros_like if place in (2, 4) else torch.empty_like
+                self.found[place] = make(like, dtype=dtype)
+
+    def add(self, part: slice, grad_TV: Tensor) -> None:
+        """The gradients by a chunk's logits, whose own gradient is float32."""
+        if 2 in self.found:
+            self.found[2] += grad_TV.sum(dim=0)
+        grad_TV = grad_TV.to(self._x_TH.dtype)
+        if 0 in self.found:
+            self.found[0][part] = product_back(grad_TV, self._weight_VH)
+        if 1 in self.found:
+            _add_product(self.found[1], grad_TV, self._x_TH[part], first=part.start == 0)
+        if 3 in self.found:
+            self.found[3][part] = linear(grad_TV, self._up_VR.t())
+        if 4 in self.found:
+            self.found[4] += linear(grad_TV.t(), self._h_TR[part].t())
 
 
 def _softmax_parts(

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from neox.config import ModelConfig
+from neox.model.projection import project
 from neox.parallel.groups import ProcessGroups
 from neox.parallel.layers import column_linear, row_linear
 
@@ -54,7 +55,7 @@ class MLP(nn.Module):
 
     def forward(self, x_SBH: Tensor) -> Tensor:
         """This rank's inner activations, [S, B, ffn / tp]: the input of `linear2`."""
-        inner = self.linear1(x_SBH)
+        inner = project(self.linear1, x_SBH)
         if self.gated:
             up, gate = inner.chunk(2, dim=-1)
             return up * self.activation(gate)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.testing import assert_close
 
 import neox.model.loss
@@ -28,6 +28,19 @@ def operands(
     return x, weight, labels, mask
 
 
+def fused(
+    x: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    mask: Tensor,
+    groups: ProcessGroups,
+    bias: Tensor | None = None,
+) -> Tensor:
+    owner = nn.Module()
+    owner.weight, owner.bias = weight, bias
+    return output_loss(x, owner, labels, mask, groups)
+
+
 def textbook(x: Tensor, weight: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
     logits = F.linear(x, weight).float().flatten(0, 1)
     losses = F.cross_entropy(logits, labels.flatten(), reduction="none")
@@ -47,7 +60,7 @@ def test_chunked_equals_textbook(monkeypatch: pytest.MonkeyPatch, rows: int) -> 
     monkeypatch.setattr(neox.model.loss, "CHUNK_BYTES", rows * V * 4)
     assert chunks(B * S, V) == -(-B * S // rows)
     groups = ProcessGroups.single()
-    ours = with_gradients(lambda *args: output_loss(*args, groups), *operands())
+    ours = with_gradients(lambda *args: fused(*args, groups), *operands())
     for found, expected in zip(ours, with_gradients(textbook, *operands()), strict=True):
         assert_close(found, expected, atol=1e-6, rtol=1e-5)
 
@@ -55,7 +68,7 @@ def test_chunked_equals_textbook(monkeypatch: pytest.MonkeyPatch, rows: int) -> 
 def test_nothing_selected_has_loss_and_gradient_zero() -> None:
     x, weight, labels, mask = operands()
     found = with_gradients(
-        lambda *args: output_loss(*args, ProcessGroups.single()), x, weight, labels, 0 * mask
+        lambda *args: fused(*args, ProcessGroups.single()), x, weight, labels, 0 * mask
     )
     assert all(torch.equal(tensor, torch.zeros_like(tensor)) for tensor in found)
 
@@ -63,7 +76,7 @@ def test_nothing_selected_has_loss_and_gradient_zero() -> None:
 def test_large_logits_do_not_overflow() -> None:
     x, weight, labels, mask = operands()
     ours = with_gradients(
-        lambda *args: output_loss(*args, ProcessGroups.single()), 100 * x, weight, labels, mask
+        lambda *args: fused(*args, ProcessGroups.single()), 100 * x, weight, labels, mask
     )
     theirs = with_gradients(textbook, 100 * x, weight, labels, mask)
     for found, expected in zip(ours, theirs, strict=True):
@@ -75,7 +88,7 @@ def test_bfloat16_weights_sum_their_gradient_in_float32(monkeypatch: pytest.Monk
     monkeypatch.setattr(neox.model.loss, "CHUNK_BYTES", V * 4)
     x, weight, labels, mask = operands(torch.bfloat16, length=200)
     loss, grad_x, grad_weight = with_gradients(
-        lambda *args: output_loss(*args, ProcessGroups.single()), x, weight, labels, mask
+        lambda *args: fused(*args, ProcessGroups.single()), x, weight, labels, mask
     )
     logits = F.linear(x, weight).float().flatten(0, 1).requires_grad_()
     losses = F.cross_entropy(logits, labels.flatten(), reduction="none")
@@ -107,7 +120,7 @@ def test_small_gradients_survive_float16() -> None:
         (scale * loss_of(*leaves, labels, torch.ones(3, 1024))).backward()
         return [leaf.grad.float() / scale for leaf in leaves if leaf.grad is not None]
 
-    ours = scaled(lambda *args: output_loss(*args, ProcessGroups.single()), torch.float16)
+    ours = scaled(lambda *args: fused(*args, ProcessGroups.single()), torch.float16)
     for found, expected in zip(ours, scaled(textbook, torch.float32), strict=True):
         # Of all rows but the label's, too. A product is rounded by 2^-11 of it.
         off = (found - expected)[1:].norm() / expected[1:].norm()
@@ -117,7 +130,7 @@ def test_small_gradients_survive_float16() -> None:
 def test_without_gradients_none_are_made() -> None:
     x, weight, labels, mask = operands()
     with torch.no_grad():
-        loss = output_loss(x, weight.requires_grad_(), labels, mask, ProcessGroups.single())
+        loss = fused(x, weight.requires_grad_(), labels, mask, ProcessGroups.single())
     assert not loss.requires_grad
     assert_close(loss, textbook(x, weight, labels, mask).detach())
 
@@ -142,7 +155,7 @@ def test_a_bias_has_the_textbook_gradient(monkeypatch: pytest.MonkeyPatch, rows:
         return (losses * mask.flatten()).sum() / mask.sum()
 
     def ours(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return output_loss(x, weight, labels, mask, ProcessGroups.single(), bias)
+        return fused(x, weight, labels, mask, ProcessGroups.single(), bias)
 
     pairs = zip(
         with_bias(ours, x, weight, bias), with_bias(written_out, x, weight, bias), strict=True
@@ -157,7 +170,7 @@ def test_a_bfloat16_bias_sums_its_gradient_in_float32(monkeypatch: pytest.Monkey
     x, weight, labels, mask = operands(torch.bfloat16, length=200)
     bias = torch.zeros(V, dtype=torch.bfloat16)
     _, _, _, found = with_bias(
-        lambda *leaves: output_loss(*leaves[:2], labels, mask, ProcessGroups.single(), leaves[2]),
+        lambda *leaves: fused(*leaves[:2], labels, mask, ProcessGroups.single(), leaves[2]),
         x,
         weight,
         bias,
@@ -176,7 +189,7 @@ def sliced(rank: int) -> None:
     x, weight, labels, mask = operands()
     slice_VH = weight.chunk(2)[rank]
     loss, grad_x, grad_weight = with_gradients(
-        lambda *args: output_loss(*args, groups), x, slice_VH, labels, mask
+        lambda *args: fused(*args, groups), x, slice_VH, labels, mask
     )
     torch.distributed.all_reduce(grad_x, group=groups.tp_group)
     expected = with_gradients(textbook, x, weight, labels, mask)

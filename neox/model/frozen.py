@@ -1,0 +1,79 @@
+"""Models of which most weights are frozen: held in 8 bits, trained by adapters, or both."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from neox.config import NeoXConfig
+from neox.model.layout import LayerLayout, ParamLayout
+from neox.model.lora import AdapterSpec, Specs, adapter_layout, attach
+from neox.model.quantized import EightBit
+from neox.parallel.groups import ProcessGroups
+from neox.parallel.rng import DropoutStreams
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """How a layer's weights are held, and which of them are trained besides its adapters.
+
+    `eight_bit`: its matrices and its table of tokens are EightBit, for a checkpoint to fill.
+    `biases` and `norms` say whether those are trained; a norm's bias is a norm's.
+    """
+
+    dtype: torch.dtype
+    groups: ProcessGroups
+    eight_bit: bool = False
+    specs: Specs = field(default_factory=dict)
+    biases: bool = False
+    norms: bool = False
+    streams: DropoutStreams | None = None
+
+    def of(self, index: int) -> Mapping[str, AdapterSpec]:
+        """The adapters of one layer by the names of their matrices."""
+        return {name: spec for (at, name), spec in self.specs.items() if at == index}
+
+    def adapters(self, index: int, layout: LayerLayout) -> LayerLayout:
+        return adapter_layout(layout, self.of(index))
+
+    def trained(self, index: int, layout: LayerLayout) -> LayerLayout:
+        """The layout of what is trained of a layer that is laid out so."""
+        chosen = {name: param for name, param in layout.items() if self._is_trained(name)}
+        return chosen | self.adapters(index, layout)
+
+    def treat(self, module: nn.Module, index: int, layout: LayerLayout) -> None:
+        """Make a layer that was just built, and has no values yet, what it is to be."""
+        for name, parameter in module.named_parameters():
+            parameter.requires_grad_(self._is_trained(name))
+        if self.eight_bit:
+            for name, param in layout.items():
+                if is_matrix(param):
+                    owner = module.get_submodule(name.removesuffix(".weight"))
+                    rows, columns = param.shard_shape(self.groups.tp)
+                    del owner.weight
+                    owner.weight = EightBit.empty(rows, columns)
+        attach(module, layout, self.of(index), self.dtype, self.groups, self.streams)
+
+    def _is_trained(self, name: str) -> bool:
+        if "norm" in name.split(".")[-2]:
+            return self.norms
+        return self.biases and name.endswith(".bias")
+
+
+def configured_specs(config: NeoXConfig) -> Specs:
+    """An adapter for every target that the block `lora` names."""
+    values, depth = config.lora_values, config.num_layers
+    spec = AdapterSpec(values["rank"], values["alpha"] / values["rank"], values["dropout"])
+    specs: dict[tuple[int, str], AdapterSpec] = {}
+    for name in config.lora_targets:
+        where = [depth + 4] if name == "final_linear" else range(2, depth + 2)
+        specs |= {(index, name): spec for index in where}
+    return specs
+
+
+def is_matrix(layout: ParamLayout) -> bool:
+    """Whether it is a linear layer's weight or the table of tokens."""
+    return layout.dim is not None and len(layout.shape) == 2
