@@ -183,7 +183,6 @@ def run_convert(options: argparse.Namespace) -> int:
     from neox.checkpoint.neox import Checkpoint
     from neox.checkpoint.reshard import choose_rows, reshard
     from neox.config.hf import is_transformers
-    from neox.config.mesh import is_mesh
     from neox.model.gpt import torch_dtype
 
     dtype = torch_dtype(PRECISIONS[options.dtype]) if options.dtype else None
