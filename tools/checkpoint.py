@@ -183,14 +183,18 @@ def run_convert(options: argparse.Namespace) -> int:
     from neox.checkpoint.neox import Checkpoint
     from neox.checkpoint.reshard import choose_rows, reshard
     from neox.config.hf import is_transformers
+    from neox.config.mesh import is_mesh
     from neox.model.gpt import torch_dtype
 
     dtype = torch_dtype(PRECISIONS[options.dtype]) if options.dtype else None
     tp, output = options.model_parallel_size, options.output
-    if options.to == "neox" and is_transformers(options.folder):
-        if options.config or options.iteration is not None:
+    if options.to == "neox" and (is_transformers(options.folder) or is_mesh(options.folder)):
+        if options.iteration is not None or (options.config and is_transformers(options.folder)):
             raise ConfigError("a transformers folder takes neither --config nor --iteration.")
-        folder = import_folder(options.folder, output, tp=tp or 1, dtype=dtype)
+        config = None
+        if options.config:
+            config = config_at(Checkpoint.open(options.folder), options.config, tp or 1)
+        folder = import_folder(options.folder, output, tp=tp or 1, dtype=dtype, config=config)
         log.info(f"{folder}: try ./deepy.py generate.py {folder}/configs/hf.yml")
         return 0
     checkpoint = Checkpoint.open(options.folder, options.iteration)
