@@ -22,7 +22,7 @@ _SEQUENTIAL = re.compile(r"(?:module\.)?sequential\.(\d+)\.(.+)$")
 _RENAMED = (("mlp.dense_h_to_4h.", "mlp.linear1."), ("mlp.dense_4h_to_h.", "mlp.linear2."))
 
 # Buffers that older files hold and that are recomputed: the rotary frequencies and causal masks.
-_RECOMPUTED = re.compile(r"(rotary_emb\.inv_freq|attention\.bias|attention\.masked_bias)$")
+_RECOMPUTED = re.compile(r"(rotary_emb\.inv_freq|(attention|attn)\.(masked_)?bias)$")
 
 
 class _Unread:

@@ -1,13 +1,14 @@
 """Transformers folders and what their config.json says, as every version of transformers wrote it.
 
-GPTNeoXForCausalLM is read. neox.config.hf_classes is the other direction.
+GPTNeoXForCausalLM and GPTJForCausalLM are read. neox.config.hf_classes is the other direction.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,45 +23,161 @@ CONFIG = "config.json"
 TOKENIZER = "tokenizer.json"
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin*")
 
-# What GPTNeoXConfig takes where config.json says nothing.
-_DEFAULTS: dict[str, Any] = {
-    "num_hidden_layers": 44,
-    "hidden_size": 6144,
-    "num_attention_heads": 64,
-    "intermediate_size": 24576,
-    "max_position_embeddings": 2048,
-    "vocab_size": 50432,
-    "hidden_act": "gelu",
-    "layer_norm_eps": 1e-5,
-    "rotary_pct": 0.25,
-    "rotary_emb_base": 10000,
-    "use_parallel_residual": True,
-    "attention_bias": True,
-    "tie_word_embeddings": False,
-}
+Config = dict[str, Any]  # config.json's keys with their values
 
-# NeoX's keys, and what config.json calls the same.
-_SAME = {
-    "num_layers": "num_hidden_layers",
-    "hidden_size": "hidden_size",
-    "num_attention_heads": "num_attention_heads",
-    "intermediate_size": "intermediate_size",
-    "max_position_embeddings": "max_position_embeddings",
-    "layernorm_epsilon": "layer_norm_eps",
-    "rotary_pct": "rotary_pct",
-    "rotary_emb_base": "rotary_emb_base",
-    "gpt_j_residual": "use_parallel_residual",
-    "use_bias_in_attn_linear": "attention_bias",
-}
 
-# What settles those of NeoX's keys that it calls or counts otherwise; others, the class itself.
-_SETTLE = {
-    "no_weight_tying": "tie_word_embeddings",
-    "activation": "hidden_act",
-    "bias_gelu_fusion": "hidden_act",
-    "num_kv_heads": "num_attention_heads",
-    "expansion_factor": "intermediate_size",
-    "mlp_multiple_of": "intermediate_size",
+@dataclass(frozen=True)
+class Class:
+    """A class of transformers whose folders are read, and what its config.json calls things."""
+
+    name: str
+    defaults: Mapping[str, Any]  # what its configuration takes where config.json says nothing
+    same: Mapping[str, str]  # NeoX's keys, and what config.json calls the same
+    settle: Mapping[str, str]  # what settles those of NeoX's keys that it calls or counts otherwise
+    activation: str  # the key of that name, which settles `activation` and `bias_gelu_fusion`
+    fixed: Mapping[str, Any]  # NeoX's keys that the class itself settles
+    # (config, given): set `rotary_pct` and the like in `config`, tell what cannot be computed.
+    rotary: Callable[[Config, Config], Iterator[str]]
+    synonyms: Mapping[str, str] = field(default_factory=dict)  # of config.json's keys
+
+    def said(self, name: str, stated: Mapping[str, Any]) -> str:
+        """What config.json says that settles NeoX's key `name`, in its own words."""
+        acts = dict.fromkeys(("activation", "bias_gelu_fusion"), self.activation)
+        theirs = {**self.same, **acts, **self.settle}.get(name, "model_type")
+        return f"{theirs} is {show(stated[theirs])}"
+
+
+def _scaled_rotary(config: Config, given: Config) -> Iterator[str]:
+    """Of transformers 4's two keys and 5's one, which may ask for other angles than NeoX's."""
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    if isinstance(rope, dict):
+        config["rotary_emb_base"] = _whole(rope.get("rope_theta") or config["rotary_emb_base"])
+        config["rotary_pct"] = rope.get("partial_rotary_factor") or config["rotary_pct"]
+    scaling = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else rope
+    if scaling != "default":
+        yield f"its rotary positions are scaled ({show(scaling)}), which is not supported."
+
+
+def _rotary_by_width(config: Config, given: Config) -> Iterator[str]:
+    """The dimensions that turn as a share of a head; null is no number that transformers runs."""
+    hidden, heads = config["n_embd"], config["n_head"]
+    dim: Any = given.get("rotary_dim", config["rotary_dim"])
+    config["rotary_pct"] = 1.0
+    if not _is_count(hidden) or not _is_count(heads):
+        return  # told with the others
+    if hidden % heads:
+        yield f"n_embd is {hidden}, which n_head ({heads}) does not divide."
+    elif not _is_count(dim) or dim % 2 or dim > hidden // heads:
+        yield (
+            f"rotary_dim is {show(dim)}, but it must be an even number up to {hidden // heads}, a "
+            "head's dimensions."
+        )
+    else:
+        share, head = dim / (hidden // heads), hidden // heads
+        # ModelConfig.rotary_dim takes the integer part, and 2 / 98 x 98 is a little below 2.
+        config["rotary_pct"] = share if int(head * share) == dim else math.nextafter(share, 1.0)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _whole(number: Any) -> Any:
+    """10000 for 10000.0, anything else as it is."""
+    return int(number) if isinstance(number, float) and number.is_integer() else number
+
+
+READ = {
+    "gpt_neox": Class(
+        "GPTNeoXForCausalLM",
+        defaults={
+            "num_hidden_layers": 44,
+            "hidden_size": 6144,
+            "num_attention_heads": 64,
+            "intermediate_size": 24576,
+            "max_position_embeddings": 2048,
+            "vocab_size": 50432,
+            "hidden_act": "gelu",
+            "layer_norm_eps": 1e-5,
+            "rotary_pct": 0.25,
+            "rotary_emb_base": 10000,
+            "use_parallel_residual": True,
+            "attention_bias": True,
+            "tie_word_embeddings": False,
+        },
+        same={
+            "num_layers": "num_hidden_layers",
+            "hidden_size": "hidden_size",
+            "num_attention_heads": "num_attention_heads",
+            "intermediate_size": "intermediate_size",
+            "max_position_embeddings": "max_position_embeddings",
+            "layernorm_epsilon": "layer_norm_eps",
+            "rotary_pct": "rotary_pct",
+            "rotary_emb_base": "rotary_emb_base",
+            "gpt_j_residual": "use_parallel_residual",
+            "use_bias_in_attn_linear": "attention_bias",
+        },
+        settle={
+            "no_weight_tying": "tie_word_embeddings",
+            "num_kv_heads": "num_attention_heads",
+            "expansion_factor": "intermediate_size",
+            "mlp_multiple_of": "intermediate_size",
+        },
+        activation="hidden_act",
+        fixed={"pos_emb": "rotary", "norm": "layernorm", "use_bias_in_mlp": True},
+        rotary=_scaled_rotary,
+    ),
+    "gptj": Class(
+        "GPTJForCausalLM",
+        defaults={
+            "n_layer": 28,
+            "n_embd": 4096,
+            "n_head": 16,
+            "n_inner": None,  # four times n_embd
+            "n_positions": 2048,
+            "vocab_size": 50400,
+            "activation_function": "gelu_new",
+            "layer_norm_epsilon": 1e-5,
+            "rotary_dim": 64,
+            "tie_word_embeddings": False,
+        },
+        same={
+            "num_layers": "n_layer",
+            "hidden_size": "n_embd",
+            "num_attention_heads": "n_head",
+            "intermediate_size": "n_inner",
+            "max_position_embeddings": "n_positions",
+            "layernorm_epsilon": "layer_norm_epsilon",
+            "rotary_pct": "rotary_pct",
+        },
+        settle={
+            "rotary_pct": "rotary_dim",
+            "num_kv_heads": "n_head",
+            "expansion_factor": "n_inner",
+            "mlp_multiple_of": "n_inner",
+        },
+        activation="activation_function",
+        fixed={
+            "pos_emb": "rotary",
+            "rotary_emb_base": 10000,
+            "rotary_interleaved": True,
+            "norm": "layernorm",
+            "gpt_j_residual": True,
+            "gpt_j_tied": True,
+            "use_bias_in_attn_linear": False,
+            "use_bias_in_mlp": True,
+            # A bias that the embedding has not: also with tie_word_embeddings a layer of its own.
+            "use_bias_in_final_linear": True,
+            "no_weight_tying": True,
+        },
+        rotary=_rotary_by_width,
+        synonyms={
+            "num_hidden_layers": "n_layer",
+            "hidden_size": "n_embd",
+            "num_attention_heads": "n_head",
+            "max_position_embeddings": "n_positions",
+        },
+    ),
 }
 
 # Transformers' activations -> `activation` and `bias_gelu_fusion`, which is GELU's tanh form.
@@ -95,6 +212,7 @@ class Folder:
     """What the config.json of a transformers folder says: `values` are NeoX's keys."""
 
     path: Path
+    kind: Class
     values: Mapping[str, Any]  # of `ARCHITECTURE`; those that are left out have NeoX's defaults
     stated: Mapping[str, Any]  # config.json's keys, with transformers' defaults
     vocab_size: int  # rows of the embedding
@@ -111,28 +229,38 @@ class Folder:
         path = self.path / TOKENIZER
         return path if path.is_file() else None
 
+    @property
+    def model_type(self) -> str:
+        """Of `READ`."""
+        return str(self.stated["model_type"])
+
     def said(self, name: str) -> str:
         """What config.json says that settles NeoX's key `name`, in its own words."""
-        theirs = _SAME.get(name) or _SETTLE.get(name, "model_type")
-        return f"{theirs} is {show(self.stated[theirs])}"
+        return self.kind.said(name, self.stated)
 
 
 def read_folder(folder: Path) -> Folder:
     """Read config.json. Raises ConfigError with everything in it that cannot be computed here."""
     path = folder / CONFIG
     given = read_json(path)
-    config = _DEFAULTS | {name: value for name, value in given.items() if value is not None}
-    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    if isinstance(rope, dict):
-        config["rotary_emb_base"] = _whole(rope.get("rope_theta") or config["rotary_emb_base"])
-        config["rotary_pct"] = rope.get("partial_rotary_factor") or config["rotary_pct"]
-    problems = list(_refusals(config, rope))
+    kind = READ.get(name) if isinstance(name := given.get("model_type"), str) else None
+    if kind is None:
+        raise ConfigError(
+            f"{path}: model_type is {show(name)}, which does not load. Only {listed(READ, 'and')} "
+            "do."
+        )
+    given = {kind.synonyms.get(name, name): value for name, value in given.items()}
+    config = {
+        **kind.defaults,
+        **{name: value for name, value in given.items() if value is not None},
+    }
+    problems = [*kind.rotary(config, given), *_refusals(kind, config)]
     if not problems:
-        values, problems = _fitting(config)
+        values, problems = _fitting(kind, config)
     if problems:
         raise ConfigError(f"{path}: {' '.join(problems)}")
     precision = PRECISIONS.get(config.get("dtype") or config.get("torch_dtype") or "")
-    return Folder(folder, values, config, config["vocab_size"], precision)
+    return Folder(folder, kind, values, config, config["vocab_size"], precision)
 
 
 def yaml_text(values: Mapping[str, Any]) -> str:
@@ -153,33 +281,23 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _whole(number: Any) -> Any:
-    """10000 for 10000.0, anything else as it is."""
-    return int(number) if isinstance(number, float) and number.is_integer() else number
-
-
-def _refusals(config: Mapping[str, Any], rope: Any) -> Iterator[str]:
+def _refusals(kind: Class, config: Config) -> Iterator[str]:
     """What transformers would compute and NeoX's layers cannot."""
-    kind, classes = config.get("model_type"), config.get("architectures")
-    if kind != "gpt_neox":
-        yield f"model_type is {show(kind)}, which does not load. Only gpt_neox does."
-        return
-    if classes is not None and "GPTNeoXForCausalLM" not in classes:
-        yield f"architectures is {show(classes)}, but only GPTNeoXForCausalLM loads."
-    scaling = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else rope
-    if scaling != "default":
-        yield f"its rotary positions are scaled ({show(scaling)}), which is not supported."
-    if not isinstance(config["hidden_act"], str) or config["hidden_act"] not in ACTIVATIONS:
+    classes = config.get("architectures")
+    if classes is not None and kind.name not in classes:
+        yield f"architectures is {show(classes)}, but only {kind.name} loads."
+    activation = config[kind.activation]
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
         known = listed(ACTIVATIONS)
-        yield f"hidden_act is {show(config['hidden_act'])}, which is not supported. Use {known}."
+        yield f"{kind.activation} is {show(activation)}, which is not supported. Use {known}."
     if "quantization_config" in config:
         yield "its weights are quantized (quantization_config), which is not supported."
 
 
-def _fitting(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+def _fitting(kind: Class, config: Config) -> tuple[dict[str, Any], list[str]]:
     """NeoX's keys with their values, and what does not fit them."""
     keys, values, problems = keys_of(ModelConfig), {}, []
-    for name, theirs in _SAME.items():
+    for name, theirs in kind.same.items():
         try:
             values[name] = fit(config[theirs], keys[name])
         except Misfit as misfit:
@@ -187,16 +305,10 @@ def _fitting(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     tied, rows = config["tie_word_embeddings"], config["vocab_size"]
     if not isinstance(tied, bool):
         problems.append(f"tie_word_embeddings is {show(tied)}, but it must be true or false.")
-    if not isinstance(rows, int) or isinstance(rows, bool) or rows < 1:
+    if not _is_count(rows):
         problems.append(f"vocab_size is {show(rows)}, but it must be an integer of 1 or more.")
-    activation, is_tanh = ACTIVATIONS[config["hidden_act"]]
-    values |= {
-        "no_weight_tying": not tied,
-        "pos_emb": "rotary",
-        "norm": "layernorm",
-        "activation": activation,
-        "use_bias_in_mlp": True,
-    }
+    activation, is_tanh = ACTIVATIONS[config[kind.activation]]
+    values |= {"no_weight_tying": not tied, "activation": activation, **kind.fixed}
     if activation == "gelu":
         values["bias_gelu_fusion"] = is_tanh
-    return values, problems
+    return {name: value for name, value in values.items() if value is not None}, problems

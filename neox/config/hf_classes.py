@@ -12,6 +12,7 @@ from neox.errors import ConfigError
 
 CLASSES = {
     "gpt_neox": "GPTNeoXForCausalLM",
+    "gptj": "GPTJForCausalLM",
     "gpt2": "GPT2LMHeadModel",
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
@@ -24,14 +25,30 @@ def model_type(config: ModelConfig) -> str:
         kind = "llama" if config.sliding_window_width is None else "mistral"
         reasons = _not_llama(config, kind)
     else:
-        kind = "gpt2" if config.pos_emb == "learned" else "gpt_neox"
+        kind = _gpt_kind(config)
         reasons = _not_gpt(config, kind)
-    if found := list(reasons):
+    if found := [*reasons, *_not_any(config, kind)]:
         raise ConfigError(
             f"no class of transformers that can be written ({listed(CLASSES)}) computes this "
             f"model. {CLASSES[kind]} is nearest to it, but {listed(found, 'and')}."
         )
     return kind
+
+
+def _gpt_kind(config: ModelConfig) -> str:
+    if config.pos_emb == "rotary" and config.rotary_interleaved:
+        return "gptj"
+    return "gpt2" if config.pos_emb == "learned" else "gpt_neox"
+
+
+def _not_any(config: ModelConfig, kind: str) -> Iterator[str]:
+    """What GPT-J alone has."""
+    if kind == "gptj":
+        return
+    if config.pos_emb == "rotary" and config.rotary_interleaved:
+        yield "rotary_interleaved is true (its pairs are half a head apart)"
+    if config.no_weight_tying and config.use_bias_in_final_linear:
+        yield "use_bias_in_final_linear is true (its output layer has no bias)"
 
 
 def _not_gpt(config: ModelConfig, kind: str) -> Iterator[str]:
@@ -44,6 +61,15 @@ def _not_gpt(config: ModelConfig, kind: str) -> Iterator[str]:
         yield f"sliding_window_width is {config.sliding_window_width} (it has no window)"
     if kind == "gpt2" and config.gpt_j_residual:
         yield "gpt_j_residual is true (its residual is sequential)"
+    if kind == "gptj":
+        if not config.gpt_j_residual:
+            yield "gpt_j_residual is false (its residual is parallel)"
+        elif not config.gpt_j_tied:
+            yield "gpt_j_tied is false (one norm feeds both its branches)"
+        if config.use_bias_in_attn_linear:
+            yield "use_bias_in_attn_linear is true (its attention has no biases)"
+        if config.rotary_emb_base != 10000:
+            yield f"rotary_emb_base is {config.rotary_emb_base} (it has 10000)"
 
 
 def _not_llama(config: ModelConfig, kind: str) -> Iterator[str]:
@@ -68,13 +94,19 @@ def config_json(
     bos_token_id, eos_token_id and pad_token_id. Raises ConfigError as `model_type` does.
     """
     kind = model_type(config)
-    own = {"gpt_neox": _gpt_neox, "gpt2": _gpt2, "llama": _llama, "mistral": _llama}[kind](config)
+    own = {
+        "gpt_neox": _gpt_neox,
+        "gptj": _gptj,
+        "gpt2": _gpt2,
+        "llama": _llama,
+        "mistral": _llama,
+    }[kind](config)
     return {
         "architectures": [CLASSES[kind]],
         "model_type": kind,
         "vocab_size": vocab_size,
-        **own,
         "tie_word_embeddings": not config.no_weight_tying,
+        **own,
         **tokens,
         "dtype": dtype,
         "torch_dtype": dtype,  # version 4
@@ -129,6 +161,11 @@ def _gpt2(config: ModelConfig) -> dict[str, Any]:
         "resid_pdrop": config.hidden_dropout,
         "attn_pdrop": config.attention_dropout,
     }
+
+
+def _gptj(config: ModelConfig) -> dict[str, Any]:
+    # A tied table is written twice: transformers loads no tied output layer that has a bias.
+    return {**_gpt2(config), "rotary_dim": config.rotary_dim, "tie_word_embeddings": False}
 
 
 def _sizes(config: ModelConfig) -> dict[str, Any]:

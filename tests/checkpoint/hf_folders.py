@@ -23,26 +23,39 @@ THEIRS: dict[str, dict[str, Any]] = {
     "tied": {"tie_word_embeddings": True, "hidden_act": "gelu_fast"},
     "no_bias": {"attention_bias": False, "rotary_pct": 0.5, "rotary_emb_base": 500},
     "relu": {"hidden_act": "relu", "intermediate_size": 96},
+    "gpt_j": {"model_type": "gptj"},
+    "gpt_j_tied": {"model_type": "gptj", "tie_word_embeddings": True},
+    "gpt_j_relu": {
+        "model_type": "gptj",
+        "activation_function": "relu",
+        "n_inner": 96,
+        "n_head": 2,
+        "rotary_dim": 6,
+        "layer_norm_epsilon": 0.1,
+    },
+}
+_SIZES: dict[str, dict[str, Any]] = {
+    "gpt_neox": {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 128,
+        "max_position_embeddings": 16,
+    },
+    "gptj": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 16, "rotary_dim": 4},
 }
 
 
 def make(folder: Path, dtype: torch.dtype = torch.float32, **values: Any) -> Path:
-    """A folder as transformers writes it, of random weights and biases, with a tokenizer."""
-    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+    """A folder as transformers writes it, of random weights and biases, with a tokenizer.
 
-    shard_size = values.pop("max_shard_size", "1GB")
-    config = GPTNeoXConfig(
-        **{
-            "vocab_size": ROWS,
-            "hidden_size": 32,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "intermediate_size": 128,
-            "max_position_embeddings": 16,
-            **values,
-        }
-    )
-    model = GPTNeoXForCausalLM(config)
+    Of GPTNeoXForCausalLM, or the class of `model_type`.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    shard_size, kind = values.pop("max_shard_size", "1GB"), values.pop("model_type", "gpt_neox")
+    config = AutoConfig.for_model(kind, **{"vocab_size": ROWS, **_SIZES[kind], **values})
+    model = AutoModelForCausalLM.from_config(config)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -78,6 +91,11 @@ def assert_same_tensors(one: dict[str, Tensor], other: dict[str, Tensor]) -> Non
 def drop_tensor(folder: Path, name: str) -> None:
     tensors = load_file(folder / "model.safetensors")
     del tensors[name]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def replace_tensor(folder: Path, name: str, tensor: Tensor) -> None:
+    tensors = load_file(folder / "model.safetensors") | {name: tensor}
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
 

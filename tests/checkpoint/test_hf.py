@@ -28,6 +28,7 @@ from tests.checkpoint.hf_folders import (
     drop_tensor,
     edit_config,
     make,
+    replace_tensor,
     their_logits,
 )
 from tests.world import World
@@ -77,9 +78,9 @@ def test_a_folder_loads_with_nothing_but_its_name(name: str, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    "topology", [Topology(tp=2), Topology(pp=2, tp=2), Topology(tp=4)], ids=str
+    "topology", [Topology(tp=2), Topology(pp=2), Topology(pp=2, tp=2), Topology(tp=4)], ids=str
 )
-@pytest.mark.parametrize("name", ["parallel", "sequential", "tied"])
+@pytest.mark.parametrize("name", ["parallel", "sequential", "tied", "gpt_j"])
 def test_a_folder_loads_at_any_grid(
     world: World, name: str, topology: Topology, tmp_path: Path
 ) -> None:
@@ -87,6 +88,25 @@ def test_a_folder_loads_at_any_grid(
     assert len(list(folder.glob("*.safetensors"))) > 2
     *_, last = world.run(topology.world_size, our_logits, str(folder), topology)
     assert_close(last, their_logits(folder, TOKENS), **CLOSE)
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+def test_gpt_j_as_its_hub_has_it(parts: int, tmp_path: Path) -> None:
+    """Pickled, with causal masks, and keys in config.json that no version reads any more."""
+    folder = make(tmp_path, **THEIRS["gpt_j"])
+    expected = their_logits(folder, TOKENS)
+    layer = "transformer.h.1.attn"
+    buffers = {
+        f"{layer}.bias": torch.ones(1, 1, 16, 16, dtype=torch.uint8),
+        f"{layer}.masked_bias": torch.tensor(-1e9),
+    }
+    to_bin(folder, parts, **buffers)
+    edit_config(folder, rotary=True, gradient_checkpointing=False, scale_attn_weights=True)
+    assert_close(load_here(folder), expected, **CLOSE)
+    (shard,) = Checkpoint.open(folder).shards(3)
+    assert shard.buffers.keys() == {"attn.bias", "attn.masked_bias"}
+    names = [f"{layer}.{letter}_proj.weight" for letter in "qkv"]
+    assert shard.names["attention.query_key_value.weight"] == ", ".join(names)
 
 
 @pytest.mark.parametrize("parts", [1, 3])
@@ -187,6 +207,58 @@ WHOLE = {
 def test_damage_to_a_whole_file_is_named(damage: str, tmp_path: Path) -> None:
     spoil, said = WHOLE[damage]
     folder = make(tmp_path)
+    spoil(folder)
+    with pytest.raises(NeoXError) as error:
+        load_here(folder)
+    assert said in str(error.value) and str(tmp_path) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+Q_PROJ = "transformer.h.1.attn.q_proj.weight"
+OF_GPT_J = {
+    "no keys": (
+        lambda f: drop_tensor(f, "transformer.h.1.attn.k_proj.weight"),
+        "is incomplete: it holds no transformer.h.1.attn.k_proj.weight",
+    ),
+    "no queries, keys and values": (
+        lambda f: [drop_tensor(f, Q_PROJ.replace("q_", f"{letter}_")) for letter in "qkv"],
+        "it lacks attention.query_key_value.weight",
+    ),
+    "no bias": (lambda f: drop_tensor(f, "lm_head.bias"), "it lacks final_linear.bias"),
+    "no projection": (
+        lambda f: [drop_tensor(f, f"lm_head.{n}") for n in ("weight", "bias")],
+        "it holds no lm_head.*",
+    ),
+    "short queries": (
+        lambda f: replace_tensor(f, Q_PROJ, torch.ones(28, 32)),
+        "are [28, 32], [32, 32] and [32, 32], which are not the same rows of 4 heads",
+    ),
+    "a number for queries": (
+        lambda f: [replace_tensor(f, Q_PROJ.replace("q_", f"{c}_"), torch.ones(())) for c in "qkv"],
+        "are [], [] and [], which are not the same rows of 4 heads",
+    ),
+    "wide queries": (
+        lambda f: [
+            replace_tensor(f, Q_PROJ.replace("q_", f"{c}_"), torch.ones(32, 36)) for c in "qkv"
+        ],
+        "attention.query_key_value.weight of layer 03 is [96, 36]",
+    ),
+    "another depth": (
+        lambda f: edit_config(f, n_layer=1),
+        "which has no place in a GPTJForCausalLM of n_layer 1",
+    ),
+    "biases it has not": (
+        lambda f: replace_tensor(f, Q_PROJ.replace("weight", "bias"), torch.ones(32)),
+        "is incomplete: it holds no transformer.h.1.attn.k_proj.bias",
+    ),
+    "another vocabulary": (lambda f: edit_config(f, vocab_size=100), "vocab_size in"),
+}
+
+
+@pytest.mark.parametrize("damage", OF_GPT_J)
+def test_damage_to_a_gpt_j_is_named(damage: str, tmp_path: Path) -> None:
+    spoil, said = OF_GPT_J[damage]
+    folder = make(tmp_path, **THEIRS["gpt_j"])
     spoil(folder)
     with pytest.raises(NeoXError) as error:
         load_here(folder)

@@ -39,9 +39,17 @@ EXPORTED: dict[str, dict[str, Any]] = {
         name: ARCHITECTURES[name]
         for name in (
             *("neox", "sequential", "one_norm", "tied", "tanh_gelu", "no_bias", "full_rotary"),
-            *("sequential_no_bias", "mlp_bias_only", "grouped_queries", "relu", "mish"),
+            *("sequential_no_bias", "mlp_bias_only", "grouped_queries", "relu", "mish", "gpt_j"),
         )
     },
+    "gpt_j_grouped_no_bias": {
+        **ARCHITECTURES["gpt_j"],
+        "num_kv_heads": 2,
+        "use_bias_in_mlp": False,
+        "use_bias_in_final_linear": False,
+        "intermediate_size": 96,
+    },
+    "gpt_j_tied": {**ARCHITECTURES["gpt_j"], "no_weight_tying": False},
     "llama": LLAMA,
     "llama_biases": {
         **LLAMA,
@@ -79,7 +87,9 @@ def test_transformers_computes_the_same_from_an_export(
     assert len(said.out.splitlines()) == 1 + ("grouped" in name)
 
 
-@pytest.mark.parametrize("name", ["no_positions", "window", "geglu", "softsign", "learned"])
+@pytest.mark.parametrize(
+    "name", ["no_positions", "window", "geglu", "softsign", "learned", "grouped_interleaved"]
+)
 def test_a_model_of_no_class_leaves_nothing_behind(name: str, tmp_path: Path) -> None:
     write_model(tmp_path / "neox", 1, **ARCHITECTURES[name])
     with pytest.raises(ConfigError, match="no class of transformers"):
@@ -124,7 +134,7 @@ def test_parts_are_no_larger_than_asked_and_hold_the_same(
     )
 
 
-@pytest.mark.parametrize("name", ["neox", "sequential"])
+@pytest.mark.parametrize("name", ["neox", "sequential", "gpt_j"])
 def test_an_export_does_not_depend_on_the_shards(name: str, tmp_path: Path) -> None:
     config = config_of(**ARCHITECTURES[name])
     write_model(tmp_path / "tp1", 1, **ARCHITECTURES[name])

@@ -99,7 +99,7 @@ def halves_of_nothing(folder: Path) -> None:
 
 @pytest.mark.parametrize("tp", [1, 2, 4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", ["parallel", "sequential", "tied"])
+@pytest.mark.parametrize("name", ["parallel", "sequential", "tied", "gpt_j"])
 def test_import_then_export_is_bitwise(
     name: str, dtype: torch.dtype, tp: int, tmp_path: Path
 ) -> None:
@@ -115,7 +115,7 @@ def test_import_then_export_is_bitwise(
     assert tokenizer == (folder / "tokenizer.json").read_bytes()
 
 
-@pytest.mark.parametrize("name", ["parallel", "sequential"])
+@pytest.mark.parametrize("name", ["parallel", "sequential", "gpt_j", "gpt_j_tied"])
 def test_an_imported_checkpoint_is_the_model(name: str, tmp_path: Path) -> None:
     folder = make(tmp_path / "theirs", **THEIRS[name])
     step = import_folder(folder, tmp_path / "neox", tp=2)

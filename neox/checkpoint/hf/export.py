@@ -91,7 +91,7 @@ def _parts(
     model = layers(config, checkpoint.padded_vocab_size, torch.float32, ProcessGroups.single())
     with_files = [layer for layer in model if layer.has_file]
     check_layers(checkpoint, with_files)
-    if kind in ("gpt_neox", "gpt2") and config.kv_heads < config.num_attention_heads:
+    if kind in ("gpt_neox", "gptj", "gpt2") and config.kv_heads < config.num_attention_heads:
         log.info(
             f"{kind} has a key and a value for every query head: each of the {config.kv_heads} "
             f"is repeated {config.num_attention_heads // config.kv_heads} times"

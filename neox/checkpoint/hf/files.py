@@ -1,45 +1,81 @@
-"""A transformers folder of GPTNeoXForCausalLM as the one shard of a checkpoint."""
+"""A transformers folder as the one shard of a checkpoint."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Protocol
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from neox.checkpoint.files import load_file
-from neox.checkpoint.hf.tensors import gpt_neox_prefixes
+from neox.checkpoint.hf.names import NAMINGS, Names, interleave
 from neox.checkpoint.sources import Shard, as_shard
 from neox.config import hf
+from neox.config.values import listed
 from neox.errors import CheckpointError, ConfigError
 
 SAFETENSORS = "model.safetensors"
 _TORCH = "pytorch_model.bin"
-_HEAD = "lm_head."  # what transformers 5 calls embed_out in memory, and in torch.save of that
 _SHOWN = 4
 
 
-class TransformersFiles:
-    """The tensors of model.safetensors or pytorch_model.bin, whole or in parts with an index.
+class Tensors(Protocol):
+    """Tensors by transformers' names, wherever they are."""
 
-    Each layer opens its files anew, since the pages of a mapping that were read stay in memory
+    @property
+    def names(self) -> Collection[str]: ...
+
+    def files(self, names: Collection[str]) -> list[Path]:
+        """The files that hold these, in order."""
+
+    def load(self, names: Collection[str]) -> Mapping[str, Tensor]:
+        """These, nothing read yet but their shapes. Raises CheckpointError."""
+
+
+class FolderTensors:
+    """Those of model.safetensors or pytorch_model.bin, whole or in parts with an index.
+
+    Each `load` opens the files anew, since the pages of a mapping that were read stay in memory
     until it is dropped.
     """
+
+    def __init__(self, folder: Path) -> None:
+        """Find out which file holds which tensor. Raises CheckpointError."""
+        self._paths = {name: folder / file for name, file in files_by_name(folder).items()}
+        if missing := {path.name for path in self._paths.values() if not path.is_file()}:
+            raise CheckpointError(f"{folder} is incomplete: {_some(missing)} missing.")
+
+    @property
+    def names(self) -> Collection[str]:
+        return self._paths.keys()
+
+    def files(self, names: Collection[str]) -> list[Path]:
+        return sorted({self._paths[name] for name in names})
+
+    def load(self, names: Collection[str]) -> Mapping[str, Tensor]:
+        """Views of the files."""
+        stored: dict[str, Tensor] = {}
+        for path in self.files(names):
+            stored |= load_tensors(path, [name for name in names if self._paths[name] == path])
+        return stored
+
+
+class TransformersFiles:
+    """A folder's model as layers of one shard. Queries, keys and values are joined on demand."""
 
     tp = 1
 
     def __init__(self, folder: Path) -> None:
-        """Find out which file holds which tensor. Raises CheckpointError."""
+        """Read config.json and the names of all tensors. Raises CheckpointError."""
         try:
             self.config = hf.read_folder(folder)
         except ConfigError as error:
             raise CheckpointError(str(error)) from None
         self._folder = folder
-        self._paths = {name: folder / file for name, file in files_by_name(folder).items()}
-        if missing := {path.name for path in self._paths.values() if not path.is_file()}:
-            raise CheckpointError(f"{folder} is incomplete: {_some(missing)} missing.")
+        self._tensors: Tensors = FolderTensors(folder)
         self._layers = self._sort()
         self._check_rows()
 
@@ -48,43 +84,49 @@ class TransformersFiles:
         return self._layers.keys()
 
     def files(self, index: int) -> list[Path]:
-        return sorted({self._paths[name] for name in self._layers[index].values()})
+        return self._tensors.files(_theirs(self._layers[index]))
 
     def shards(self, index: int) -> list[Shard]:
         found, files = self._layers[index], self.files(index)
-        stored: dict[str, Tensor] = {}
-        for path in files:
-            stored |= load_tensors(path, [n for n in found.values() if self._paths[n] == path])
+        stored = self._tensors.load(_theirs(found))
         where = files[0] if len(files) == 1 else self._folder
-        shard = as_shard(where, {here: stored[there] for here, there in found.items()})
-        return [replace(shard, names={today: found[old] for today, old in shard.names.items()})]
+        parts = {ours: [stored[name] for name in theirs] for ours, theirs in found.items()}
+        shard = as_shard(where, {ours: tensors[0] for ours, tensors in parts.items()})
+        names = {today: ", ".join(found[ours]) for today, ours in shard.names.items()}
+        split = {ours: tensors for ours, tensors in parts.items() if len(tensors) > 1}
+        heads = self.config.values["num_attention_heads"]
+        for ours, tensors in split.items():
+            shapes = [list(tensor.shape) for tensor in tensors]
+            if shapes.count(shapes[0]) < len(shapes) or not shapes[0] or shapes[0][0] % heads:
+                raise CheckpointError(
+                    f"{where}: {names[ours]} are {listed(map(str, shapes), 'and')}, which are not "
+                    f"the same rows of {heads} heads."
+                )
+        return [replace(shard, tensors=_Joined(shard.tensors, split, heads), names=names)]
 
-    def _sort(self) -> dict[int, dict[str, str]]:
+    def _sort(self) -> dict[int, Names]:
         """For each layer's index the names of its tensors, here (as ever) -> in the folder."""
-        depth = self.config.values["num_layers"]
-        prefixes = gpt_neox_prefixes(depth)
-        if any(name.startswith(_HEAD) for name in self._paths):
-            prefixes[depth + 4] = (_HEAD, prefixes[depth + 4][1])
-        layers = {
-            index: {
-                ours + name.removeprefix(theirs): name
-                for name in self._paths
-                if name.startswith(theirs)
-            }
-            for index, (theirs, ours) in prefixes.items()
-        }
-        foreign = self._paths.keys() - {
-            name for found in layers.values() for name in found.values()
-        }
-        if foreign:
+        kind, depth = self.config.kind, self.config.values["num_layers"]
+        there = set(self._tensors.names)
+        layers = NAMINGS[self.config.model_type].sort(there, depth)
+        wanted = {name for found in layers.values() for name in _theirs(found)}
+        if foreign := there - wanted:
             raise CheckpointError(
-                f"{self._folder} holds {_some(foreign)}, which has no place in a "
-                f"GPTNeoXForCausalLM of num_hidden_layers {depth}, as its {hf.CONFIG} has it."
+                f"{self._folder} holds {_some(foreign)}, which has no place in a {kind.name} of "
+                f"{kind.same['num_layers']} {depth}, as its {hf.CONFIG} has it."
             )
+        prefixes = NAMINGS[self.config.model_type].prefixes(depth)
+        empty = {prefixes[index][0] + "*" for index, found in layers.items() if not found}
         if not self.config.values["no_weight_tying"]:
             del layers[depth + 4]  # the embedding, which may be stored a second time
-        if empty := {prefixes[index][0] + "*" for index, found in layers.items() if not found}:
-            raise CheckpointError(f"{self._folder} is incomplete: it holds no {_some(empty)}.")
+            empty.discard(prefixes[depth + 4][0] + "*")
+        elif self.config.stated["tie_word_embeddings"]:  # the head is, but for its bias, the table
+            layers[depth + 4] |= {
+                name.replace("word_embeddings", "final_linear"): theirs
+                for name, theirs in layers[0].items()
+            }
+        if missing := empty | (wanted - there):
+            raise CheckpointError(f"{self._folder} is incomplete: it holds no {_some(missing)}.")
         return layers
 
     def _check_rows(self) -> None:
@@ -97,6 +139,33 @@ class TransformersFiles:
                             f"{shard.where}: {shard.names[name]} is {list(tensor.shape)}, but "
                             f"vocab_size in {self._folder / hf.CONFIG} is {rows}."
                         )
+
+
+class _Joined(Mapping[str, Tensor]):
+    """`whole` tensors by our names; the others are made of their parts when they are asked for."""
+
+    def __init__(
+        self, whole: Mapping[str, Tensor], split: Mapping[str, Sequence[Tensor]], heads: int
+    ) -> None:
+        self._whole, self._split, self._heads = whole, split, heads
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name in self._split:
+            return interleave(self._heads, self._split[name])
+        return self._whole[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._whole
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._whole)
+
+    def __len__(self) -> int:
+        return len(self._whole)
+
+
+def _theirs(found: Names) -> list[str]:
+    return list(dict.fromkeys(name for names in found.values() for name in names))
 
 
 def files_by_name(folder: Path) -> dict[str, str]:

@@ -93,9 +93,12 @@ def _their_logits(folder: Path, tokens_BS: Tensor) -> Tensor:
     model, found = loaded
     if any(found.values()):
         raise CheckpointError(f"the export is given up: transformers does not load it: {found}.")
-    for name, module in list(model.named_modules()):
-        if any(True for _ in module.buffers(recurse=False)):  # the rotary frequencies
-            model.set_submodule(name, type(module)(model.config))
+    for module in model.modules():
+        buffers = dict(module.named_buffers(recurse=False))  # the rotary frequencies
+        for name, buffer in buffers.items():
+            setattr(module, name, torch.empty_like(buffer, device="cpu"))
+        if buffers:
+            model._init_weights(module)
     paths = {name: folder / file for name, file in files_by_name(folder).items()}
     with log.progress(total=len(paths), desc="proof: transformers", unit="tensor") as bar:
 
@@ -127,11 +130,11 @@ def _stored_names(
             table = f"{prefix}.weight"
         if not names:
             continue
-        if module is model.get_output_embeddings() and f"{prefix}.weight" not in paths:
+        stored = {name: f"{prefix}.{name}" for name in names}
+        if module is model.get_output_embeddings() and stored["weight"] not in paths:
             # Tied to the embedding; or in GPTNeoX, whose files kept its former name, embed_out.
-            yield module, {"weight": "embed_out.weight" if "embed_out.weight" in paths else table}
-        else:
-            yield module, {name: f"{prefix}.{name}" for name in names}
+            stored["weight"] = "embed_out.weight" if "embed_out.weight" in paths else table
+        yield module, stored
 
 
 @contextlib.contextmanager

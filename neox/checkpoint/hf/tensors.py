@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from neox.checkpoint.hf.names import NAMINGS, interleave
 from neox.config import ModelConfig
 from neox.model.gpt import Layer
 from neox.model.layout import LayerLayout
@@ -26,29 +27,22 @@ class Recipe:
     make: Callable[[Tensor], Tensor] = lambda whole: whole
 
 
-def gpt_neox_prefixes(num_layers: int) -> dict[int, tuple[str, str]]:
-    """For the index of each layer what its tensors' names begin with, in transformers and here."""
-    return {
-        0: ("gpt_neox.embed_in.", "word_embeddings."),
-        **{i + 2: (f"gpt_neox.layers.{i}.", "") for i in range(num_layers)},
-        num_layers + 3: ("gpt_neox.final_layer_norm.", "norm."),
-        num_layers + 4: ("embed_out.", "final_linear."),
-    }
-
-
 def recipes(config: ModelConfig, model_type: str, layer: Layer) -> list[Recipe]:
     """Every tensor that transformers' class for `model_type` has for a layer of ours."""
     assert layer.layout is not None
-    named = {"gpt_neox": _gpt_neox, "gpt2": _gpt2, "llama": _llama, "mistral": _llama}[model_type]
+    named = {
+        "gpt_neox": _gpt_neox,
+        "gptj": _gptj,
+        "gpt2": _gpt2,
+        "llama": _llama,
+        "mistral": _llama,
+    }[model_type]
     return list(named(config, layer.index, layer.layout))
 
 
 def _gpt_neox(config: ModelConfig, index: int, layout: LayerLayout) -> Iterator[Recipe]:
-    theirs, ours = gpt_neox_prefixes(config.num_layers)[index]
     for source in layout:
-        name = theirs + source.removeprefix(ours)
-        name = name.replace(_LINEAR1, "mlp.dense_h_to_4h.")
-        name = name.replace("mlp.linear2.", "mlp.dense_4h_to_h.")
+        (name,) = NAMINGS["gpt_neox"].of(config.num_layers, index, source)
         if source.startswith(_QKV) and config.kv_heads < config.num_attention_heads:
             yield _recipe(name, source, layout, partial(_interleaved_qkv, config))
         else:
@@ -56,9 +50,33 @@ def _gpt_neox(config: ModelConfig, index: int, layout: LayerLayout) -> Iterator[
         if config.shares_norm and source.startswith("input_layernorm."):
             second = name.replace("input_layernorm", "post_attention_layernorm")
             yield _recipe(second, source, layout)
+    yield from _mlp_biases("gpt_neox", config, index, layout)
+
+
+def _gptj(config: ModelConfig, index: int, layout: LayerLayout) -> Iterator[Recipe]:
+    for source in layout:
+        names = NAMINGS["gptj"].of(config.num_layers, index, source)
+        for part, name in enumerate(names):
+            if len(names) > 1:
+                yield _recipe(name, source, layout, partial(_by_query_head, config, part))
+            else:
+                yield _recipe(name, source, layout)
+    yield from _mlp_biases("gptj", config, index, layout)
+    table = "final_linear.weight" if config.no_weight_tying else "word_embeddings.weight"
+    if table in layout and not config.no_weight_tying:
+        yield _recipe("lm_head.weight", table, layout)
+    if table in layout and "final_linear.bias" not in layout:
+        yield Recipe("lm_head.bias", layout[table].shape[:1])
+
+
+def _mlp_biases(
+    kind: str, config: ModelConfig, index: int, layout: LayerLayout
+) -> Iterator[Recipe]:
+    """Zeros for those that the class has and we have not."""
     if "mlp.linear1.weight" in layout and not config.use_bias_in_mlp:
-        yield Recipe(f"{theirs}mlp.dense_h_to_4h.bias", (config.ffn_size,))
-        yield Recipe(f"{theirs}mlp.dense_4h_to_h.bias", (config.hidden_size,))
+        for module, rows in (("linear1", config.ffn_size), ("linear2", config.hidden_size)):
+            (name,) = NAMINGS[kind].of(config.num_layers, index, f"mlp.{module}.bias")
+            yield Recipe(name, (rows,))
 
 
 def _gpt2(config: ModelConfig, index: int, layout: LayerLayout) -> Iterator[Recipe]:
@@ -141,7 +159,13 @@ def _qkv_by_head(config: ModelConfig, qkv: Tensor) -> list[Tensor]:
 
 def _interleaved_qkv(config: ModelConfig, qkv: Tensor) -> Tensor:
     """For every query head its query, key and value."""
-    return torch.cat(_qkv_by_head(config, qkv), 1).flatten(0, 1)
+    parts = [part.flatten(0, 1) for part in _qkv_by_head(config, qkv)]
+    return interleave(config.num_attention_heads, parts)
+
+
+def _by_query_head(config: ModelConfig, part: int, qkv: Tensor) -> Tensor:
+    """The queries (0), keys (1) or values (2) of all query heads."""
+    return _qkv_by_head(config, qkv)[part].flatten(0, 1)
 
 
 def _stacked_qkv(config: ModelConfig, qkv: Tensor) -> Tensor:
