@@ -1,13 +1,34 @@
-"""Tensors that are made of what is stored when they are asked for, and known before."""
+"""What is made of a checkpoint's files when it is looked up, and described before."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
+
+
+class Lazy(Mapping[str, T], Generic[T]):
+    """Each value is made anew when it is looked up, and kept by nobody but the one who did."""
+
+    def __init__(self, makers: Mapping[str, Callable[[], T]]) -> None:
+        self._makers = dict(makers)
+
+    def __getitem__(self, name: str) -> T:
+        return self._makers[name]()
+
+    def __contains__(self, name: Any) -> bool:  # Mapping's own would make it
+        return name in self._makers
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._makers)
+
+    def __len__(self) -> int:
+        return len(self._makers)
 
 
 @dataclass(frozen=True)
@@ -18,29 +39,22 @@ class Recipe:
     dtype: torch.dtype
     make: Callable[[], Tensor]
 
+    @property
+    def like(self) -> Tensor:
+        """A tensor of this shape and precision, on no device."""
+        return torch.empty(self.shape, dtype=self.dtype, device="meta")
 
-class LazyTensors(Mapping[str, Tensor]):
-    """Each is made anew when it is looked up, and kept by nobody but the one who did."""
+    @classmethod
+    def of(cls, tensor: Tensor) -> Recipe:
+        """One that is there: a view of a file."""
+        return cls(tuple(tensor.shape), tensor.dtype, lambda: tensor)
 
+
+class LazyTensors(Lazy[Tensor]):
     def __init__(self, recipes: Mapping[str, Recipe]) -> None:
+        super().__init__({name: recipe.make for name, recipe in recipes.items()})
         self._recipes = dict(recipes)
 
-    def __getitem__(self, name: str) -> Tensor:
-        recipe = self._recipes[name]
-        tensor = recipe.make()
-        assert (tensor.shape, tensor.dtype) == (recipe.shape, recipe.dtype), name
-        return tensor
-
-    def __contains__(self, name: Any) -> bool:  # Mapping's own would make the tensor
-        return name in self._recipes
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._recipes)
-
-    def __len__(self) -> int:
-        return len(self._recipes)
-
     def described(self, name: str) -> Tensor:
-        """A tensor of this shape and precision, on no device."""
-        recipe = self._recipes[name]
-        return torch.empty(recipe.shape, dtype=recipe.dtype, device="meta")
+        """A tensor of its shape and precision, on no device."""
+        return self._recipes[name].like

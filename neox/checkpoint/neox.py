@@ -260,11 +260,12 @@ class Checkpoint:
     def _fill(self, module: nn.Module, layer: Layer, groups: ProcessGroups) -> None:
         parameters = dict(module.named_parameters())
         with torch.no_grad():
-            for name, layout, shards in self.tensors(layer):
+            stored = self._fitting(layer)
+            for name, layout in (layer.layout or {}).items():
                 if name not in parameters:
-                    _hold_eight_bit(module, name, layout, shards, groups)
+                    _hold_eight_bit(module, name, layout, stored, groups)
                     continue
-                target = parameters[name]
+                target, shards = parameters[name], [shard.tensors[name] for shard in stored]
                 reshard_into(target, shards, layout, groups.tp_rank, groups.tp)
                 if target.dtype is torch.float16 and shards[0].dtype is not torch.float16:
                     self._check_range(name, layer.file_index, target, shards)
@@ -416,14 +417,18 @@ class Checkpoint:
 
 
 def _hold_eight_bit(
-    module: nn.Module, name: str, layout: ParamLayout, shards: list[Tensor], groups: ProcessGroups
+    module: nn.Module, name: str, layout: ParamLayout, stored: list[Shard], groups: ProcessGroups
 ) -> None:
-    """Fill an 8-bit weight. Blocks are those of the whole tensor, which is joined for it."""
+    """Fill an 8-bit weight: with the codes that are stored, or of the whole tensor, quantized."""
     place = module.get_submodule(name)
     assert isinstance(place, EightBit), name
-    is_whole = len(shards) == 1 and shards[0].shape == layout.shape
-    whole = shards[0] if is_whole else reshard(shards, layout, 0, 1)
-    place.assign(cut(quantize(whole), layout, groups.tp_rank, groups.tp))
+    if len(stored) == 1 and name in stored[0].eight_bit:
+        whole = stored[0].eight_bit[name]
+    else:
+        shards = [shard.tensors[name] for shard in stored]
+        is_whole = len(shards) == 1 and shards[0].shape == layout.shape
+        whole = quantize(shards[0] if is_whole else reshard(shards, layout, 0, 1))
+    place.assign(cut(whole, layout, groups.tp_rank, groups.tp))
 
 
 def save_layers(folder: Path, local: LocalLayers, groups: ProcessGroups) -> dict[str, Entry]:

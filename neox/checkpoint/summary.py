@@ -97,7 +97,7 @@ def summarize(checkpoint: Checkpoint) -> Summary:
             dtypes[tensor.dtype] += tensor.numel
     return Summary(
         folder=checkpoint.folder,
-        kind=_KINDS.get(type(checkpoint.source), "a transformers folder"),
+        kind=_kind(checkpoint),
         iteration=checkpoint.iteration,
         shards=checkpoint.tp,
         layers=checkpoint.depth,
@@ -263,6 +263,13 @@ def _splits(gpt_j_residual: bool | None) -> dict[str, str]:
         ):
             found |= {name: parameter.split.value for name, parameter in layout.items()}
     return found
+
+
+def _kind(checkpoint: Checkpoint) -> str:
+    source = checkpoint.source
+    if isinstance(source, TransformersFiles):
+        return "a transformers folder" + (", of 8-bit weights" if source.is_eight_bit else "")
+    return _KINDS[type(source)]
 
 
 def _era(checkpoint: Checkpoint) -> str:
