@@ -113,6 +113,12 @@ class TransformersFiles:
                 kept[ours] = partial(self._eight_bit, weights)
         shard = as_shard(where, {ours: recipe.like for ours, recipe in recipes.items()})
         today = {name: recipes[ours] for name, ours in shard.names.items()}
+        for name, ours in shard.names.items():
+            if not today[name].dtype.is_floating_point:
+                raise CheckpointError(
+                    f"{where}: {', '.join(found[ours])} holds {str(today[name].dtype)[6:]} numbers,"
+                    " which are no weights without NAME.absmax and NAME.code beside NAME.weight."
+                )
         return [
             Shard(
                 where,
