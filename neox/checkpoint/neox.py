@@ -24,6 +24,8 @@ from neox.checkpoint.hf.files import TransformersFiles
 from neox.checkpoint.manifest import HAS_MANIFEST, MANIFEST, Entry, Manifest
 from neox.checkpoint.mesh import MeshFiles
 from neox.checkpoint.sources import (
+    ADAPTERS,
+    AdapterFiles,
     LayerFiles,
     ModelFiles,
     Shard,
@@ -190,6 +192,8 @@ class Checkpoint:
             return cls(folder, LayerFiles(folder), manifest)
         if has_model_files(folder):
             return cls(folder, ModelFiles(folder), manifest)
+        if manifest is not None and ADAPTERS in manifest.files:
+            return cls(folder, AdapterFiles(folder, manifest.grid["tp"]), manifest)
         raise CheckpointError(
             f"{folder} holds no layer files (layer_XX-model_YY-model_states.pt) and no weights in "
             "mp_rank_XX_model_states.pt."
@@ -233,7 +237,7 @@ class Checkpoint:
 
     def shards(self, index: int) -> list[Shard]:
         """Each tp shard of a layer, by today's names, memory-mapped. Raises CheckpointError."""
-        if index not in self.source.indices:
+        if index not in self.source.indices and not isinstance(self.source, AdapterFiles):
             raise CheckpointError(
                 f"{self.folder} holds no {layer_file(self.folder, index, 0).name}: find the "
                 "missing file."

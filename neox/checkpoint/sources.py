@@ -82,6 +82,9 @@ class Source(Protocol):
         """Every shard of a layer, nothing read yet but names and shapes. CheckpointError."""
 
 
+ADAPTERS = "adapter_model.safetensors"  # PEFT's name
+
+
 def layer_file(folder: Path, index: int, tp_rank: int) -> Path:
     return folder / f"layer_{index:02d}-model_{tp_rank:02d}-model_states.pt"
 
@@ -180,6 +183,26 @@ class ModelFiles:
             )
             for path in self._paths
         ]
+
+
+class AdapterFiles:
+    """A step of a run that trains adapters: their file, and no layer of the model itself."""
+
+    indices: Collection[int] = ()
+
+    def __init__(self, folder: Path, tp: int) -> None:
+        """`tp` is that of the run, whose optimizer state is divided so."""
+        self._folder = folder
+        self.tp = tp
+
+    def files(self, index: int) -> list[Path]:
+        return []
+
+    def shards(self, index: int) -> list[Shard]:
+        raise CheckpointError(
+            f"{self._folder} holds adapters ({ADAPTERS}) and not the model that they are for. Set "
+            "`adapter` to it, and `load` to the model."
+        )
 
 
 def load_model_file(path: Path) -> dict[str, Any]:

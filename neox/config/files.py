@@ -19,7 +19,11 @@ _NO_VOCAB_FILE = ("CharLevelTokenizer", "TiktokenTokenizer")  # tiktoken's names
 def check_files(config: NeoXConfig, purpose: str) -> list[Problem]:
     """What is missing for `purpose` (a Purpose of neox.config.load) on this machine."""
     problems = []
-    for look in (*(look(config) for look in _LOOKS[purpose]), _checkpoint(config, purpose)):
+    for look in (
+        *(look(config) for look in _LOOKS[purpose]),
+        _checkpoint(config, purpose),
+        _adapter(config),
+    ):
         try:
             problems += [Problem(text, config.origin(key), key) for key, text in look]
         except OSError as error:  # a name that is too long, a folder that may not be entered
@@ -126,6 +130,7 @@ def _checkpoint(config: NeoXConfig, purpose: str) -> Findings:
         return
     folder = Path(config.load)
     needed = purpose != "train" or config.finetune or config.iteration is not None
+    needed = needed or config.lora is not None
     if folder.exists() and not folder.is_dir():
         yield "load", f"load is {show(config.load)}, but that is not a folder."
     elif needed and not folder.exists():
@@ -137,6 +142,11 @@ def _checkpoint(config: NeoXConfig, purpose: str) -> Findings:
             yield "iteration", f"{said}{_inside(folder)}"
     elif needed and not is_transformers(folder) and not _is_step(folder):
         yield from _latest(config.load, folder)
+
+
+def _adapter(config: NeoXConfig) -> Findings:
+    if config.adapter is not None:
+        yield from _folder("adapter", config.adapter, must_exist=True)
 
 
 def _is_step(folder: Path) -> bool:

@@ -24,10 +24,12 @@ from neox.checkpoint.directory import on_every_rank
 from neox.checkpoint.manifest import Entry
 from neox.checkpoint.neox import Checkpoint, save_layers
 from neox.checkpoint.optimizer_files import WITHOUT_OPTIMIZER, OptimizerFiles, optimizer_files
+from neox.checkpoint.peft import write_adapters
 from neox.checkpoint.sources import model_file
 from neox.config import NeoXConfig
 from neox.config.deepspeed import to_deepspeed
 from neox.data.loaders import Batch
+from neox.engine.adapters import gathered_adapters
 from neox.engine.base import TrainStep
 from neox.engine.checkpoint_engine import SafeCheckpointEngine, load_deepspeed_file
 from neox.engine.clipping import clip_before_steps
@@ -105,6 +107,7 @@ class DeepSpeedEngine(ABC):
     def __init__(
         self,
         inner: Any,
+        config: NeoXConfig,
         layers: list[Layer],
         local: LocalLayers,
         streams: DropoutStreams,
@@ -112,6 +115,7 @@ class DeepSpeedEngine(ABC):
         groups: ProcessGroups,
     ) -> None:
         self.inner = inner
+        self.config = config
         self.layers = layers  # of the whole model
         self.local = local
         self.streams = streams
@@ -148,8 +152,12 @@ class DeepSpeedEngine(ABC):
     def save(self, folder: Path, state: dict[str, Any]) -> dict[str, Entry]:
         files = self.inner.checkpoint_engine = SafeCheckpointEngine()
         layers: dict[str, Entry] = {}
+        adapters = None if self.config.lora is None else gathered_adapters(self)
         try:
-            if self.inner.zero_optimization_partition_weights():
+            if adapters is not None:
+                if self.groups.rank == 0:
+                    layers = write_adapters(folder, self.config, adapters, self.config.load)
+            elif self.inner.zero_optimization_partition_weights():
                 layers = save_gathered(folder, self.local, self.groups)
             elif self.groups.dp_rank == 0:
                 layers = save_layers(folder, self.local, self.groups)
@@ -157,7 +165,11 @@ class DeepSpeedEngine(ABC):
             files.failure = error
         state = {**state, **described(self.inner, self.local)}
         self.inner.save_checkpoint(
-            str(folder.parent), tag=folder.name, client_state=state, save_latest=False
+            str(folder.parent),
+            tag=folder.name,
+            client_state=state,
+            save_latest=False,
+            exclude_frozen_parameters=True,
         )
         if files.failure is not None:
             raise files.failure

@@ -109,8 +109,8 @@ def _write_parameters(
     parameters = [
         (layer, name, layout)
         for layer in layers
-        if layer.has_file and layer.layout is not None
-        for name, layout in layer.layout.items()
+        if layer.has_file
+        for name, layout in layer.trained.items()
     ]
     mine = parameters[groups.rank :: groups.world_size]
     zero = target / "zero"

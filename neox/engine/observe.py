@@ -86,8 +86,8 @@ class Norms:
         places = [
             (layer.index, name)
             for layer in engine.layers
-            if layer.has_file and layer.layout is not None
-            for name in layer.layout
+            if layer.has_file
+            for name in layer.trained
         ]
         self.names = [f"{index}.{name}" for index, name in places]
         numbers = {place: number for number, place in enumerate(places)}
@@ -96,7 +96,9 @@ class Norms:
             if not layer.has_file:
                 continue
             for name, parameter in module.named_parameters():
-                is_shard = layer.layout[name].dim is not None
+                if not parameter.requires_grad:
+                    continue
+                is_shard = layer.trained[name].dim is not None
                 if is_shard or self._groups.tp_rank == 0:  # a replica counts once
                     self._own.append((numbers[layer.index, name], parameter))
         self._gradients: Tensor | None = None

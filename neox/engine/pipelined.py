@@ -68,7 +68,7 @@ def build_pipelined(
     _even_out_norms(inner, groups)
     if groups.is_last_stage:
         _begin_backward_with_the_loss(inner)
-    return PipelinedEngine(inner, layers, local, streams, region, groups)
+    return PipelinedEngine(inner, config, layers, local, streams, region, groups)
 
 
 def _begin_backward_with_the_loss(inner: Any) -> None:
@@ -108,7 +108,7 @@ def _check_method(method: str, specs: list[Any]) -> None:
 
 def _check_stages(model: nn.Module, config: NeoXConfig, groups: ProcessGroups) -> None:
     """Raises ConfigError on every rank when a stage has nothing to train."""
-    sizes = groups.gather(sum(1 for _ in model.parameters()))
+    sizes = groups.gather(sum(parameter.requires_grad for parameter in model.parameters()))
     empty = {groups.topology.coordinate(rank).pp for rank, size in enumerate(sizes) if size == 0}
     if empty:
         raise ConfigError(

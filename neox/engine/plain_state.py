@@ -172,6 +172,7 @@ def described(inner: Any, local: LocalLayers) -> dict[str, Any]:
         for layer, module in local
         if layer.layout is not None
         for name, parameter in module.named_parameters()
+        if parameter.requires_grad
     }
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     return of_it | {NUMBERED: [places[parameter] for parameter in parameters]}
@@ -217,10 +218,10 @@ def _fill(optimizer: Any, saved: SavedState, local: LocalLayers, groups: Process
         for layer, module in local
         if layer.layout is not None
         for name, parameter in module.named_parameters()
+        if parameter.requires_grad
     }
     for parameter, (layer, name) in parameters.items():
-        assert layer.layout is not None
-        layout = layer.layout[name]
+        layout = layer.trained[name]
         found = saved.of((layer.file_index, name), layout)
         check_state(optimizer, found.shards)
         values = {

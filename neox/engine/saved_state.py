@@ -103,8 +103,8 @@ class ZeroState:
         places = {
             parameter_name(layer, name, pipelined=pipelined): (layer.index, name)
             for layer in layers
-            if layer.has_file and layer.layout is not None
-            for name in layer.layout
+            if layer.has_file
+            for name in layer.trained
             for pipelined in (False, True)
         }
         stages: dict[Place, int] = {}

@@ -108,7 +108,7 @@ def build_sequential(
         reader = model if layers[-1].tied else local[-1][1]
         for parameter in local[-1][1].parameters():
             register_external_parameter(reader, parameter)
-    return SequentialEngine(inner, layers, local, streams, region, groups)
+    return SequentialEngine(inner, config, layers, local, streams, region, groups)
 
 
 class _ModelParallelUnit:

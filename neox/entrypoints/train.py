@@ -22,7 +22,7 @@ from neox.train.evaluations import Evaluations, Scores
 from neox.train.loop import train
 from neox.train.metrics import RunLog
 from neox.train.saved_schedule import settle_schedule
-from neox.train.start import find_start
+from neox.train.start import find_start, read_start
 
 
 def main(config: NeoXConfig, groups: ProcessGroups) -> None:
@@ -52,7 +52,7 @@ def _run(config: NeoXConfig, groups: ProcessGroups) -> None:
             "less memory"
         )
     start = find_start(config, groups)
-    config = settle_schedule(config, start.checkpoint, with_optimizer=start.with_optimizer)
+    config = settle_schedule(config, start.resumed, with_optimizer=start.with_optimizer)
     if start.iteration >= config.train_iters:
         log.info(
             f"train_iters ({config.train_iters}) is reached: nothing to train, only evaluating"
@@ -66,17 +66,18 @@ def _run(config: NeoXConfig, groups: ProcessGroups) -> None:
     loaders = build_loaders(
         config, groups, start.iteration, tokenizer.eod, vocab_size=tokenizer.vocab_size
     )
-    engine = build_engine(config, groups, rows, start.checkpoint)
+    adapters = read_start(config, start, rows)
+    engine = build_engine(config, groups, rows, start.checkpoint, adapters)
     if start.with_optimizer:
-        assert start.checkpoint is not None
-        scratch = Path(config.save or start.checkpoint.folder.parent)
-        state = engine.load_optimizer(start.checkpoint, scratch)
+        assert start.resumed is not None
+        scratch = Path(config.save or start.resumed.folder.parent)
+        state = engine.load_optimizer(start.resumed, scratch)
         if isinstance(state.get("data"), dict) and loaders.train is not None:
             warn_of_change(state["data"], order_facts(config, loaders.train))
 
     evaluations = Evaluations(config, groups, engine, loaders, tokenizer, rows, scores)
-    if start.checkpoint is not None:
-        evaluations.check_fingerprint(start.checkpoint.folder)
+    if start.resumed is not None and (config.lora is None or start.own is not None):
+        evaluations.check_fingerprint(start.resumed.folder)
     with RunLog(config, groups, iteration=start.iteration, padded_vocab_size=rows) as run:
         iteration = train(config, groups, engine, loaders, evaluations, run, start.iteration, rows)
         for chart, data, metrics in evaluations.at_the_end(iteration):

@@ -75,6 +75,7 @@ def _has_shape(config: NeoXConfig, model: Published) -> bool:
         (config.num_layers, config.hidden_size, config.num_attention_heads) == model.shape
         and config.shares_norm == model.shares_norm
         # What all of them have in common.
+        and config.adapter is None  # which makes it another model
         and config.gpt_j_residual
         and config.no_weight_tying
         and (config.pos_emb, config.rotary_pct) == ("rotary", 0.25)

@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from neox import log
 from neox.checkpoint.identity import weights_digest
+from neox.checkpoint.manifest import digest
 from neox.checkpoint.neox import Checkpoint
+from neox.checkpoint.peft import find_adapter
 from neox.config import NeoXConfig
 from neox.config.architecture import architecture
 from neox.evaluation import answers
@@ -134,7 +136,12 @@ def _conditions(config: NeoXConfig, tokenizer: Tokenizer, groups: ProcessGroups)
     return {
         "config": {
             "model": "neox",
-            "model_args": {"load": config.load, "iteration": config.iteration},
+            "model_args": {
+                "load": config.load,
+                "iteration": config.iteration,
+                "adapter": config.adapter,
+                "load_in_8bit": config.load_in_8bit,
+            },
             "batch_size": config.eval_batch_size or "auto",
             "device": str(groups.device),
             "use_cache": config.eval_use_cache,
@@ -170,12 +177,25 @@ def _identity(
             "iteration": checkpoint.iteration,
             "digest": weights,
         },
+        **_treatment(config, groups),
         "architecture": architecture(config),
         "seq_length": config.seq_length,
         "precision": config.dtype,
         "tokenizer": tokenizer,
         "version": answers.VERSION,
     }
+
+
+def _treatment(config: NeoXConfig, groups: ProcessGroups) -> dict[str, Any]:
+    """What is done to the checkpoint's weights, if anything. Collective over the world."""
+    found: dict[str, Any] = {}
+    if config.load_in_8bit:
+        found["load_in_8bit"] = True
+    if config.adapter is not None:
+        folder = groups.gather(find_adapter(Path(config.adapter)))[0]
+        entries = {path.name: digest(path) for path in sorted(folder.glob("adapter_*"))}
+        found["adapter"] = {name: entry.xxh128 for name, entry in entries.items()}
+    return found
 
 
 def _tokenizer_digest(config: NeoXConfig) -> str:

@@ -9,12 +9,15 @@ from torch import nn
 from neox import log
 from neox.checkpoint.architecture import check_architecture
 from neox.checkpoint.neox import Checkpoint, resolve
+from neox.checkpoint.peft import fill as fill_adapters
+from neox.checkpoint.peft import find_adapter, read_adapters
 from neox.checkpoint.verify import tell_newer, telling_another
 from neox.checkpoint.vocabulary import padded_vocab_size
 from neox.config import NeoXConfig
 from neox.errors import CheckpointError
 from neox.inference.fingerprint import verify
 from neox.inference.stages import InferenceModel
+from neox.model.frozen import Frozen
 from neox.model.gpt import Layer, build_layers, layers, partition, torch_dtype
 from neox.model.layout import pad_vocab_size
 from neox.parallel.groups import ProcessGroups
@@ -58,7 +61,17 @@ def load_model(
         rows = padded_vocab_size(config, checkpoint.padded_vocab_size, tokens)
     dtype = torch_dtype(config.dtype)
     # Where tp does not divide the vocabulary, the last shard has rows that InferenceModel cuts off.
-    model = layers(config, pad_vocab_size(rows, 1, groups.tp), dtype, groups)
+    padded = pad_vocab_size(rows, 1, groups.tp)
+    adapters = None
+    if config.adapter is not None:
+        folder = groups.gather(find_adapter(Path(config.adapter)))[0]
+        adapters = read_adapters(folder, config, padded)
+        log.info(f"adapter: {len(adapters.specs)} matrices have adapters, from {folder}")
+    frozen = None
+    if config.load_in_8bit or adapters is not None:
+        specs = adapters.specs if adapters is not None else {}
+        frozen = Frozen(dtype, groups, config.load_in_8bit, specs)
+    model = layers(config, padded, dtype, groups, frozen=frozen)
     mine = partition(config.num_layers, groups.pp)[groups.pp_rank]
 
     wanted = model[mine.start : mine.stop]
@@ -70,6 +83,8 @@ def load_model(
 
         def fill(module: nn.Module, layer: Layer) -> None:
             checkpoint.load_into(module, layer, groups)
+            if adapters is not None:
+                fill_adapters(module, layer, adapters, groups)
             module.to(groups.device)
             bar.update()
 

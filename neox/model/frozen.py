@@ -32,6 +32,22 @@ class Frozen:
     norms: bool = False
     streams: DropoutStreams | None = None
 
+    @classmethod
+    def of_run(
+        cls, config: NeoXConfig, dtype: torch.dtype, groups: ProcessGroups, streams: DropoutStreams
+    ) -> Frozen:
+        """What the block `lora` asks to be trained."""
+        values = config.lora_values
+        return cls(
+            dtype,
+            groups,
+            config.load_in_8bit,
+            configured_specs(config),
+            values["biases"],
+            values["norms"],
+            streams,
+        )
+
     def of(self, index: int) -> Mapping[str, AdapterSpec]:
         """The adapters of one layer by the names of their matrices."""
         return {name: spec for (at, name), spec in self.specs.items() if at == index}

@@ -195,7 +195,7 @@ class Layer:
     @property
     def trained(self) -> LayerLayout:
         """The layout of what an optimizer changes."""
-        if self.layout is None or self.forward is not None:
+        if self.layout is None:
             return {}
         return self.layout if self.frozen is None else self.frozen.trained(self.index, self.layout)
 

@@ -38,6 +38,10 @@ def bias_of(owner: nn.Module) -> Tensor | None:
 
 def project(owner: nn.Module, x: Tensor) -> Tensor:
     """x W^T + bias by the layer `owner`, W [N, K]: [..., K] -> [..., N]."""
+    weight = weight_of(owner)
+    if isinstance(weight, Tensor) and weight.requires_grad and adapter_of(owner) is None:
+        return owner(x)
+    # Beside a frozen weight megatron-core's layers give the bias no gradient.
     return project_with(owner, x, bias_of(owner))
 
 

@@ -10,20 +10,33 @@ from neox.checkpoint.architecture import check_architecture
 from neox.checkpoint.directory import steps
 from neox.checkpoint.neox import Checkpoint, holds_weights, latest_name, resolve
 from neox.checkpoint.optimizer_files import WITHOUT_OPTIMIZER, has_plain_state, optimizer_files
-from neox.checkpoint.sources import load_model_file, model_file
+from neox.checkpoint.peft import Adapters, find_adapter, read_adapters
+from neox.checkpoint.sources import AdapterFiles, load_model_file, model_file
 from neox.checkpoint.verify import tell_newer, telling_another, verify
 from neox.config import NeoXConfig
 from neox.errors import CheckpointError, DamageError
+from neox.model.frozen import configured_specs
 from neox.parallel.groups import ProcessGroups
 
 
 @dataclass(frozen=True)
 class Start:
-    """Steps already done, where the weights come from, and whether optimizer state comes too."""
+    """Steps already done, where the weights come from, and whether optimizer state comes too.
+
+    With `lora`, the weights are those of the model that stays as it is; `adapters` is the folder of
+    the adapters to go on from, and `own` the run's checkpoint that is resumed, which holds them.
+    """
 
     iteration: int = 0
     checkpoint: Checkpoint | None = None
     with_optimizer: bool = False
+    adapters: Path | None = None
+    own: Checkpoint | None = None
+
+    @property
+    def resumed(self) -> Checkpoint | None:
+        """The checkpoint of the run that goes on."""
+        return self.own or self.checkpoint
 
 
 def find_start(config: NeoXConfig, groups: ProcessGroups) -> Start:
@@ -36,6 +49,8 @@ def find_start(config: NeoXConfig, groups: ProcessGroups) -> Start:
     """
     if config.load is None:
         return Start()
+    if config.lora is not None:
+        return _find_adapters(config, groups)
     directory = Path(config.load)
     if config.iteration is None and _is_own(config) and not _holds_checkpoints(directory):
         log.info(f"load: no checkpoint in {directory} yet, starting from fresh weights")
@@ -60,6 +75,56 @@ def find_start(config: NeoXConfig, groups: ProcessGroups) -> Start:
     _check_optimizer(config, folder)
     log.info(f"resuming {checkpoint.folder} at iteration {iteration}")
     return Start(iteration, checkpoint, with_optimizer=True)
+
+
+def _find_adapters(config: NeoXConfig, groups: ProcessGroups) -> Start:
+    """The model in `load`, and with it the run's own newest adapters, or those in `adapter`."""
+    base = _whole(Path(config.load or ""), config.iteration, True, groups)
+    check_architecture(config, base, finetune=True)
+    log.info(f"lora: the weights of {base.folder} stay as they are")
+    directory = Path(config.save) if config.save else None
+    if directory is not None and _holds_checkpoints(directory):
+        own = _newest_whole(directory, config.no_load_optim, groups)
+        if not isinstance(own.source, AdapterFiles):
+            raise CheckpointError(
+                f"save: {directory} holds the checkpoints of a run that trained whole models, and "
+                "lora saves adapters. Give save a folder of its own."
+            )
+        has_state = optimizer_files(own.folder, own.tp) is not None or has_plain_state(own.folder)
+        with_optimizer = has_state and not config.no_load_optim
+        if with_optimizer:
+            _check_optimizer(config, own.folder)
+        log.info(f"resuming {own.folder} at iteration {own.iteration}")
+        return Start(own.iteration, base, with_optimizer, own.folder, own)
+    if config.adapter is not None:
+        folder = groups.gather(find_adapter(Path(config.adapter)))[0]
+        log.info(f"adapter: starting from those in {folder}")
+        return Start(0, base, adapters=folder)
+    return Start(0, base)
+
+
+def read_start(config: NeoXConfig, start: Start, padded_vocab_size: int) -> Adapters | None:
+    """The adapters that a run goes on from. Raises CheckpointError if `lora` has others."""
+    if start.adapters is None:
+        return None
+    found = read_adapters(start.adapters, config, padded_vocab_size)
+    wanted = configured_specs(config)
+    for place in sorted(wanted.keys() | found.specs.keys()):
+        one, other = wanted.get(place), found.specs.get(place)
+        index, name = place
+        if one is None or other is None:
+            lacking, having = ("lora", "it") if one is None else ("it", "lora")
+            raise CheckpointError(
+                f"{start.adapters}: {having} has an adapter of {name} of layer {index:02d}, and "
+                f"{lacking} has none. Give lora.targets the matrices that the adapters are of."
+            )
+        if (one.rank, one.scaling) != (other.rank, other.scaling):
+            raise CheckpointError(
+                f"{start.adapters}: its adapter of {name} of layer {index:02d} has rank "
+                f"{other.rank} and alpha {other.rank * other.scaling:g}, but lora has {one.rank} "
+                f"and {one.rank * one.scaling:g}. Give lora the adapters' values."
+            )
+    return found
 
 
 def _check_optimizer(config: NeoXConfig, folder: Path) -> None:
