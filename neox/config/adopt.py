@@ -16,8 +16,8 @@ from neox.errors import CheckpointError, ConfigError
 # What was taken, among the files that a run keeps beside its checkpoints: these will be loaded by
 # the same files, when the folder is no more what `load` names.
 _FILE = "transformers.yml"
-
-_MESH = "mesh-transformer-jax"  # where such a folder's values come from
+_MESH = "mesh-transformer-jax"
+_ORIGINS = {hf.CONFIG, _MESH, *(files["vocab_file"] for files in hf.TOKENIZERS.values())}
 
 
 def adopt_folder(draft: Draft, *, training: bool) -> None:
@@ -49,7 +49,7 @@ def adopt_folder(draft: Draft, *, training: bool) -> None:
         _take(draft, "precision", folder.precision, origin)
     if not {"tokenizer_type", "vocab_file", "merge_file"} & (draft.values.keys() | draft.bad):
         _take_tokenizer(draft, folder)
-    taken = [key for key, place in draft.origins.items() if place in (origin, hf.TOKENIZER)]
+    taken = [key for key, origin in draft.origins.items() if origin in _ORIGINS]
     if taken:
         draft.texts.setdefault(_FILE, hf.yaml_text({key: draft.values[key] for key in taken}))
 
@@ -61,7 +61,8 @@ def _read(draft: Draft, path: Path) -> hf.Folder | mesh.Folder | None:
     if not mesh.is_mesh(path):
         return None
     folder = mesh.read_folder(path, draft.values)
-    if missing := [key for key in folder.untold if key not in draft.bad]:
+    if folder.untold:
+        missing = [key for key in folder.untold if key not in draft.bad] or folder.untold
         raise ConfigError(
             f"{path} does not tell {listed(missing, 'and')}, and its model is not GPT-J-6B, whose "
             f"width is {mesh.WIDTH_OF_6B}: give the values that it was trained with."
@@ -95,5 +96,8 @@ def _take(draft: Draft, name: str, value: Any, origin: str) -> None:
 
 def _take_tokenizer(draft: Draft, folder: hf.Folder | mesh.Folder) -> None:
     if folder.tokenizer is not None:
-        _take(draft, "tokenizer_type", "HFTokenizer", hf.TOKENIZER)
-        _take(draft, "vocab_file", str(folder.tokenizer), hf.TOKENIZER)
+        kind, files = folder.tokenizer
+        origin = files["vocab_file"].name
+        _take(draft, "tokenizer_type", kind, origin)
+        for key, path in files.items():
+            _take(draft, key, str(path), origin)

@@ -21,6 +21,11 @@ from neox.errors import ConfigError
 
 CONFIG = "config.json"
 TOKENIZER = "tokenizer.json"
+# The kinds of tokenizers that a folder may have, the first that is there, and their files.
+TOKENIZERS = {
+    "HFTokenizer": {"vocab_file": TOKENIZER},
+    "GPT2BPETokenizer": {"vocab_file": "vocab.json", "merge_file": "merges.txt"},
+}
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin*")
 
 Config = dict[str, Any]  # config.json's keys with their values
@@ -224,10 +229,13 @@ class Folder:
         return self.path / CONFIG
 
     @property
-    def tokenizer(self) -> Path | None:
-        """Its tokenizer.json, if it has one."""
-        path = self.path / TOKENIZER
-        return path if path.is_file() else None
+    def tokenizer(self) -> tuple[str, dict[str, Path]] | None:
+        """Its tokenizer, if it has one: the type, and the files by the keys that name them."""
+        for kind, files in TOKENIZERS.items():
+            paths = {key: self.path / file for key, file in files.items()}
+            if all(path.is_file() for path in paths.values()):
+                return kind, paths
+        return None
 
     @property
     def model_type(self) -> str:

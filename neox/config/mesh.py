@@ -75,7 +75,7 @@ class Folder:
     values: Mapping[str, Any]
     vocab_size: int  # rows of the embedding
     precision: str | None
-    tokenizer: Path | None = None
+    tokenizer: None = None
 
     @property
     def where(self) -> Path:

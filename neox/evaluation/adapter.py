@@ -241,9 +241,9 @@ class NeoXLM(LM):
             sampling=sampling,
             generator=prompt_generator(self.seed, index),
             eod=eod,
+            vocabulary=self.tokenizer.vocab_size,
         ):
-            # Rows that only pad the vocabulary stand for no text.
-            if token != eod and token < self.tokenizer.vocab_size:
+            if token != eod:
                 tokens.append(token)
                 text = self.tokenizer.detokenize(tokens)
             if any(stop in text for stop in until):

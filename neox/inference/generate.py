@@ -16,7 +16,6 @@ from neox.inference.stages import InferenceModel
 from neox.tokenizer import Tokenizer
 
 NOT_STARTED = "WARNING: text generation did not start; try different batching or adjust parameters"
-UNKNOWN_TOKEN = "WARNING: generated token which doesn't exist."
 
 
 class Step(NamedTuple):
@@ -33,6 +32,7 @@ def generate(
     sampling: Sampling,
     generator: torch.Generator,
     eod: int,
+    vocabulary: int,
     recompute: bool = False,
 ) -> Iterator[Step]:
     """Yield the tokens that follow `prompt`, one a forward pass, until `eod` (yielded last).
@@ -40,6 +40,8 @@ def generate(
     At most `maximum_tokens` come, and prompt and tokens together need to fit seq_length (`room`).
     Collective over the ranks of one replica: they iterate in step and see the same tokens, and may
     all stop early at the same token. The last stage chooses; `generator` matters there only.
+    vocabulary: the tokenizer's tokens. The padded vocabulary has rows beyond, which stand for no
+    token and are never chosen.
     recompute: run the whole sequence again for every token instead of keeping a cache.
     """
     assert prompt, "a prompt has at least one token"
@@ -53,7 +55,7 @@ def generate(
         logits_V = None
         if logits_BSV is not None:
             logits_BV = _finite(logits_BSV[:, -1], len(sequence))
-            token_B = choose(logits_BV, sampling, generator)
+            token_B = choose(logits_BV[:, :vocabulary], sampling, generator)
             logits_V = logits_BV[0]
         token = int(model.broadcast(token_B))
         yield Step(token, logits_V)
@@ -107,6 +109,7 @@ def continuation(
         sampling=Sampling.of(config),
         generator=prompt_generator(config.seed, index),
         eod=tokenizer.eod,
+        vocabulary=tokenizer.vocab_size,
         recompute=config.recompute,
     )
 
@@ -142,18 +145,14 @@ def complete(
             if not finished:
                 tokens.append(token)
 
-    # The padded vocabulary has rows that stand for no token; an untrained model may choose one.
-    known = [token for token in tokens if token < tokenizer.vocab_size]
     message = None
     if problem is not None:
         message = f"WARNING: {problem}"
     elif not tokens:
         message = NOT_STARTED
-    elif len(known) < len(tokens):
-        message = UNKNOWN_TOKEN
     result: dict[str, Any] = {
         "context": context,
-        "text": tokenizer.detokenize(known) if tokens else None,
+        "text": tokenizer.detokenize(tokens) if tokens else None,
         "length": len(tokens),
         "finished": finished,
         "message": message,

@@ -179,7 +179,7 @@ def interactive(model: InferenceModel, tokenizer: Tokenizer, config: NeoXConfig)
             _say(groups, "Generated Text: ")
             detokenizer = StreamingDetokenizer(tokenizer)
             for token, _ in continuation(model, tokenizer, config, prompt, index):
-                if token != tokenizer.eod and token < tokenizer.vocab_size:
+                if token != tokenizer.eod:
                     _say(groups, detokenizer.push(token))
             _say(groups, detokenizer.flush() + "\n")
     _say(groups, "\n")

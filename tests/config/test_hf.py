@@ -215,6 +215,152 @@ def test_a_folder_brings_its_tokenizer_unless_one_is_named(tmp_path: Path) -> No
     assert load(folder, vocab_file="mine.json").tokenizer_type == "GPT2BPETokenizer"
 
 
+def test_a_folder_with_the_files_of_gpt_2_has_its_tokenizer(tmp_path: Path) -> None:
+    folder = write(tmp_path, OLD)
+    (folder / "vocab.json").write_text("{}")
+    assert load(folder).vocab_file is None
+    (folder / "merges.txt").write_text("")
+    config = load(folder)
+    assert (config.tokenizer_type, config.vocab_file, config.merge_file) == (
+        ("GPT2BPETokenizer", f"{folder}/vocab.json", f"{folder}/merges.txt")
+    )
+    assert "merges.txt" in config.config_files["transformers.yml"]
+    assert load(folder, tokenizer_type="CharLevelTokenizer").vocab_file is None
+    (folder / "tokenizer.json").write_text("{}")
+    assert load(folder).tokenizer_type == "HFTokenizer"
+
+
+GPT_J: dict[str, Any] = {  # as the hub has it, of 4.18
+    "activation_function": "gelu_new",
+    "architectures": ["GPTJForCausalLM"],
+    "attn_pdrop": 0.0,
+    "bos_token_id": 50256,
+    "embd_pdrop": 0.0,
+    "eos_token_id": 50256,
+    "gradient_checkpointing": False,
+    "initializer_range": 0.02,
+    "layer_norm_epsilon": 1e-05,
+    "model_type": "gptj",
+    "n_embd": 4096,
+    "n_head": 16,
+    "n_inner": None,
+    "n_layer": 28,
+    "n_positions": 2048,
+    "resid_pdrop": 0.0,
+    "rotary": True,
+    "rotary_dim": 64,
+    "scale_attn_weights": True,
+    "tie_word_embeddings": False,
+    "tokenizer_class": "GPT2Tokenizer",
+    "torch_dtype": "float16",
+    "vocab_size": 50400,
+}
+IS_GPT_J = {
+    "num_layers": 28,
+    "hidden_size": 4096,
+    "num_attention_heads": 16,
+    "ffn_size": 16384,
+    "seq_length": 2048,
+    "max_position_embeddings": 2048,
+    "pos_emb": "rotary",
+    "rotary_dim": 64,
+    "rotary_emb_base": 10000,
+    "rotary_interleaved": True,
+    "norm": "layernorm",
+    "layernorm_epsilon": 1e-5,
+    "activation": "gelu",
+    "bias_gelu_fusion": True,
+    "gpt_j_residual": True,
+    "gpt_j_tied": True,
+    "use_bias_in_attn_linear": False,
+    "use_bias_in_mlp": True,
+    "no_weight_tying": True,
+    "use_bias_in_final_linear": True,
+}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        GPT_J,
+        {**GPT_J, "dtype": "float16", "torch_dtype": None},
+        {"model_type": "gptj", "torch_dtype": "float16"},
+        {"model_type": "gptj", "dtype": "float16", "hidden_size": 4096, "num_hidden_layers": 28},
+    ],
+    ids=["version 4", "version 5", "defaults", "general names"],
+)
+def test_gpt_j_by_its_config_json(text: dict[str, Any], tmp_path: Path) -> None:
+    config = load(write(tmp_path, text))
+    assert {key: getattr(config, key) for key in IS_GPT_J} == IS_GPT_J
+    assert config.precision == "fp16"
+
+
+def test_the_shipped_gpt_j_is_the_folders(tmp_path: Path) -> None:
+    folder = write(tmp_path, GPT_J)
+    shipped = Path(__file__).parents[2] / "configs/gpt-j-6B.yml"
+    load_config([shipped], {"load": Override(str(folder), "--load")}, check_files=False)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ({"n_inner": 100}, {"ffn_size": 100}),
+        ({"rotary_dim": 256}, {"rotary_pct": 1.0}),
+        ({"n_embd": 784, "n_head": 16, "rotary_dim": 2}, {"rotary_dim": 2}),  # 2 / 49 x 49 < 2
+        ({"activation_function": "relu"}, {"activation": "relu"}),
+        ({"tie_word_embeddings": True}, {"no_weight_tying": True}),
+        ({"layer_norm_epsilon": 1e-6}, {"layernorm_epsilon": 1e-6}),
+    ],
+    ids=str,
+)
+def test_translation_of_gpt_j(theirs: dict[str, Any], ours: dict[str, Any], tmp_path: Path) -> None:
+    config = load(write(tmp_path, GPT_J | theirs))
+    assert {key: getattr(config, key) for key in ours} == ours
+
+
+@pytest.mark.parametrize(
+    ("theirs", "said"),
+    [
+        ({"model_type": ["gptj"]}, 'model_type is ["gptj"], which does not load. Only gpt_neox'),
+        ({"model_type": None}, "model_type is null, which does not load"),
+        ({"architectures": ["GPTJForQuestionAnswering"]}, "but only GPTJForCausalLM loads"),
+        ({"rotary_dim": None}, "rotary_dim is null, but it must be an even number up to 256"),
+        ({"rotary_dim": 63}, "rotary_dim is 63, but it must be an even number up to 256"),
+        ({"rotary_dim": 258}, "rotary_dim is 258, but it must be an even number up to 256"),
+        ({"rotary_dim": "64"}, 'rotary_dim is "64", but it must be'),
+        ({"n_embd": 4100}, "n_embd is 4100, which n_head (16) does not divide"),
+        ({"n_head": 0}, "n_head is 0, but it must be 1 or more"),
+        ({"n_embd": "big"}, 'n_embd is "big", but it must be an integer'),
+        ({"n_inner": 0}, "n_inner is 0, but it must be 1 or more"),
+        ({"activation_function": "quick_gelu"}, 'activation_function is "quick_gelu", which'),
+        ({"quantization_config": {}}, "quantized"),
+    ],
+    ids=str,
+)
+def test_a_gpt_j_that_cannot_be_computed(theirs: dict[str, Any], said: str, tmp_path: Path) -> None:
+    message = problems(write(tmp_path, GPT_J | theirs))
+    assert said in message and f"{tmp_path}/config.json: " in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("ours", "said"),
+    [
+        ({"rotary_pct": 0.5}, "rotary_pct is 0.5, but rotary_dim is 64"),
+        ({"rotary_interleaved": False}, 'rotary_interleaved is false, but model_type is "gptj"'),
+        ({"no_weight_tying": False}, 'no_weight_tying is false, but model_type is "gptj"'),
+        ({"use_bias_in_final_linear": False}, "is false, but model_type is"),
+        ({"num_layers": 4}, "num_layers is 4, but n_layer is 28"),
+        ({"intermediate_size": 64}, "intermediate_size is 64, but n_inner is null"),
+        ({"bias_gelu_fusion": False}, 'is false, but activation_function is "gelu_new"'),
+        ({"rotary_emb_base": 500}, 'rotary_emb_base is 500, but model_type is "gptj"'),
+    ],
+    ids=str,
+)
+def test_a_key_that_contradicts_gpt_j(ours: dict[str, Any], said: str, tmp_path: Path) -> None:
+    assert said in problems(write(tmp_path, GPT_J), **ours)
+
+
 def test_what_was_taken_is_kept_as_a_file_that_stands_for_the_folder(tmp_path: Path) -> None:
     folder = write(tmp_path / "model", OLD)
     (folder / "tokenizer.json").write_text("{}")
@@ -277,6 +423,15 @@ def test_with_an_iteration_a_folder_is_no_transformers_folder(tmp_path: Path) ->
 
 WRITTEN = {
     "gpt_neox": {"pos_emb": "rotary", "gpt_j_residual": True},
+    "gptj": {
+        "pos_emb": "rotary",
+        "rotary_pct": 0.5,
+        "rotary_interleaved": True,
+        "gpt_j_residual": True,
+        "gpt_j_tied": True,
+        "use_bias_in_attn_linear": False,
+        "bias_gelu_fusion": True,
+    },
     "gpt2": {"pos_emb": "learned"},
     "llama": {"pos_emb": "rotary", "norm": "rmsnorm", "activation": "swiglu"},
     "mistral": {
@@ -299,7 +454,8 @@ def test_the_class_that_is_written(kind: str) -> None:
     assert (written["vocab_size"], written["dtype"], written["torch_dtype"]) == (
         (96, "bfloat16", "bfloat16")
     )
-    assert (written["eos_token_id"], written["tie_word_embeddings"]) == (5, True)
+    assert written["eos_token_id"] == 5
+    assert written["tie_word_embeddings"] == (kind != "gptj")  # whose bias needs a layer
     assert written.get("sliding_window") == (8 if kind == "mistral" else None)
     # Under the root what was added to it: the square.
     assert written.get("rms_norm_eps") == (1e-8**2 if config.norm == "rmsnorm" else None)
@@ -325,6 +481,18 @@ def test_gpt_neox_is_written_for_both_versions_and_read_back(is_tanh: bool, tmp_
     assert (folder.vocab_size, folder.precision) == (96, "fp32")
 
 
+def test_gptj_is_written_and_read_back(tmp_path: Path) -> None:
+    untied = {"no_weight_tying": True, "use_bias_in_final_linear": True}
+    config = from_dict(MODEL | WRITTEN["gptj"] | untied)
+    written = config_json(config, 96, "float32", {})
+    assert (written["rotary_dim"], written["n_inner"]) == (4, 256)
+    folder = read_folder(write(tmp_path, written))
+    assert folder.values == {
+        key: config.ffn_size if key == "intermediate_size" else getattr(config, key)
+        for key in folder.values
+    }
+
+
 @pytest.mark.parametrize(
     ("values", "said"),
     [
@@ -337,6 +505,16 @@ def test_gpt_neox_is_written_for_both_versions_and_read_back(is_tanh: bool, tmp_
         ({**WRITTEN["llama"], "gpt_j_residual": True}, "gpt_j_residual is true"),
         ({**WRITTEN["llama"], "activation": "gelu"}, "activation is gelu"),
         ({**WRITTEN["mistral"], "use_bias_in_mlp": True}, "there are biases"),
+        ({**WRITTEN["gptj"], "gpt_j_tied": False}, "GPTJForCausalLM is nearest to it, but gpt_j_t"),
+        ({**WRITTEN["gptj"], "gpt_j_residual": False}, "gpt_j_residual is false"),
+        ({**WRITTEN["gptj"], "use_bias_in_attn_linear": True}, "its attention has no biases"),
+        ({**WRITTEN["gptj"], "rotary_emb_base": 500}, "rotary_emb_base is 500 (it has 10000)"),
+        ({**WRITTEN["gptj"], "activation": "geglu"}, "activation is geglu"),
+        ({**WRITTEN["llama"], "rotary_interleaved": True}, "rotary_interleaved is true"),
+        (
+            {**WRITTEN["gpt_neox"], "use_bias_in_final_linear": True, "no_weight_tying": True},
+            "GPTNeoXForCausalLM is nearest to it, but use_bias_in_final_linear is true",
+        ),
     ],
     ids=str,
 )

@@ -6,13 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from neox.config import load_config
+from neox.config import Override, load_config
+from neox.model.gpt import count_parameters
+from neox.model.layout import pad_vocab_size
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 PARTS = {"local_setup.yml", "text_generation.yml"}  # these go with a model
-WHOLE = {"20B.yml", "demo.yml"}  # these name data and folders themselves
+WHOLE = {"20B.yml", "gpt-j-6B.yml", "demo.yml"}  # these name data and folders themselves
 NAMES = sorted(str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yml"))
-WORLDS = {"20B.yml": 96}  # the processes it was trained on
+WORLDS = {"20B.yml": 96, "gpt-j-6B.yml": 256}  # the processes it was trained on
 
 # Facts of the models: layers, width, heads, samples of a step on one copy of the model.
 SHAPES = {
@@ -27,6 +29,7 @@ SHAPES = {
     "6-7B.yml": (32, 4096, 32, 4),
     "13B.yml": (40, 5120, 40, 4),
     "20B.yml": (44, 6144, 64, 128),
+    "gpt-j-6B.yml": (28, 4096, 16, 16),
     "175B.yml": (96, 12288, 96, 4),
     "pythia/14M.yml": (6, 128, 4, 32),
     "pythia/31M.yml": (6, 256, 8, 32),
@@ -76,6 +79,20 @@ def test_the_20b_takes_1536_samples_a_step() -> None:
     config = load_config([CONFIGS / "20B.yml"], purpose="train", world_size=96, check_files=False)
     assert (config.dp, config.train_batch_size) == (12, 1536)
     assert (config.head_dim, config.rotary_dim, config.gelu_approximation) == (96, 24, "tanh")
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4, 8])
+def test_gpt_j_has_its_rows_and_parameters_at_any_tp(tp: int) -> None:
+    config = load_config(
+        [CONFIGS / "gpt-j-6B.yml"],
+        {"model_parallel_size": Override(tp, "--set")},
+        purpose="train",
+        world_size=32 * tp,
+        check_files=False,
+    )
+    assert (config.train_batch_size, config.rotary_dim, config.ffn_size) == (512, 64, 16384)
+    rows = pad_vocab_size(50257, config.make_vocab_size_divisible_by, tp)
+    assert (rows, count_parameters(config, rows)) == (50400, 6_050_882_784)
 
 
 def test_generation_as_the_manual_has_it() -> None:

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from neox.checkpoint.peft import read_adapters
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.testing import assert_close
 
 from neox.checkpoint.neox import Checkpoint
+from neox.checkpoint.peft import read_adapters
 from neox.config import NeoXConfig
 from neox.engine.build import build_engine
 from neox.engine.deepspeed import DeepSpeedEngine

@@ -17,6 +17,7 @@ from neox.evaluation.published import MODELS, Comparison, Published
 CONFIGS = Path(__file__).parents[2] / "configs"
 FILES = {
     "GPT-NeoX-20B": "20B.yml",
+    "GPT-J-6B": "gpt-j-6B.yml",
     "pythia-70m": "pythia/70M.yml",
     "pythia-160m": "pythia/160M.yml",
     "pythia-410m": "pythia/410M.yml",
@@ -29,7 +30,7 @@ FILES = {
 
 
 def load(file: str, **values: Any) -> NeoXConfig:
-    whole = file == "20B.yml"  # it names data and folders itself
+    whole = file in ("20B.yml", "gpt-j-6B.yml")  # these name data and folders themselves
     return load_config(
         [Path(file)] if whole else [Path(file), Path("local_setup.yml")],
         {key: Override(value, "--set") for key, value in values.items()},
@@ -44,7 +45,7 @@ def named(name: str) -> Published:
     return model
 
 
-@pytest.mark.parametrize("name", [m.name for m in MODELS if m.name != "GPT-J-6B"])
+@pytest.mark.parametrize("name", [m.name for m in MODELS])
 def test_each_model_is_found_by_its_configuration_and_its_folder_s_name(name: str) -> None:
     model = named(name)
     config = load(FILES[name.removesuffix("-deduped")], load=f"weights/{name}/main")

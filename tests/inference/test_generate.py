@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from neox.errors import CheckpointError
-from neox.inference.generate import NOT_STARTED, UNKNOWN_TOKEN, complete, generate
+from neox.inference.generate import NOT_STARTED, complete, generate
 from neox.inference.sampling import Sampling, prompt_generator
 from tests.inference.fakes import VOCABULARY, ByteTokenizer, FakeModel, config, mixed, script
 
@@ -22,6 +22,7 @@ def tokens(model: FakeModel, prompt: list[int], **options) -> list[int]:
         "sampling": Sampling(),
         "generator": prompt_generator(1234, 0),
         "eod": EOD,
+        "vocabulary": ByteTokenizer.vocab_size,
     }
     return [step.token for step in generate(model, prompt, **(defaults | options))]
 
@@ -48,7 +49,7 @@ def test_each_step_has_the_logits_it_was_chosen_from():
     history = [9]
     model = FakeModel(config())
     options = {"sampling": Sampling(1.0), "generator": prompt_generator(0, 0), "eod": EOD}
-    for step in generate(model, [9], maximum_tokens=5, **options):
+    for step in generate(model, [9], maximum_tokens=5, vocabulary=VOCABULARY, **options):
         assert torch.equal(step.logits_V, mixed(history))
         history.append(step.token)
 
@@ -62,7 +63,7 @@ def test_end_of_document_ends():
 def test_a_reader_may_stop_early():
     model = FakeModel(config())
     options = {"sampling": Sampling(), "generator": prompt_generator(0, 0), "eod": EOD}
-    steps = generate(model, [3], maximum_tokens=50, **options)
+    steps = generate(model, [3], maximum_tokens=50, vocabulary=VOCABULARY, **options)
     assert len(list(itertools.islice(steps, 4))) == 4
     assert len(model.shapes) == 4
 
@@ -107,9 +108,19 @@ def test_an_empty_context_starts_from_the_end_of_a_document():
     assert got["text"] == ByteTokenizer().detokenize(expected)
 
 
-def test_tokens_of_the_padded_vocabulary_are_reported_and_left_out():
-    got = result("x", script(1, [ord("a"), 260, ord("b")]), maximum_tokens=3)
-    assert (got["text"], got["length"], got["message"]) == ("ab", 3, UNKNOWN_TOKEN)
+@pytest.mark.parametrize(
+    "sampling", [{}, {"temperature": 1.0}, {"top_k": 1}, {"top_p": 0.5}], ids=str
+)
+def test_rows_that_pad_the_vocabulary_are_never_generated(sampling):
+    """However likely they are."""
+
+    def padding_first(history: list[int]) -> torch.Tensor:
+        logits = torch.full((VOCABULARY,), -30.0)
+        logits[ord("a")], logits[ByteTokenizer.vocab_size :] = 10.0, 20.0
+        return logits
+
+    got = result("x", padding_first, maximum_tokens=3, **sampling)
+    assert (got["text"], got["length"], got["message"]) == ("aaa", 3, None)
 
 
 def test_prompt_and_completion_fill_seq_length_and_no_more():

@@ -192,7 +192,7 @@ def converse(monkeypatch, capsys, lines, logits=mixed, **values) -> str:
 
 
 def test_conversation(monkeypatch, capsys):
-    said = converse(monkeypatch, capsys, ["ab", "cd"], script(2, [*"né 🎈".encode(), 260, 256]))
+    said = converse(monkeypatch, capsys, ["ab", "cd"], script(2, [*"né 🎈".encode(), 256]))
     expected = "Context prompt >>> Generated Text: né 🎈\n"
     assert said == 2 * expected + "Context prompt >>> \n"
 

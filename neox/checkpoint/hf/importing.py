@@ -51,18 +51,21 @@ def import_folder(
     place = output.absolute()
     precision = model.precision or "fp32" if dtype is None else hf.PRECISIONS[_name(dtype)]
     values |= {"precision": precision, "pipe_parallel_size": 1, "load": str(place)}
+    files: dict[str, Path] = {}
     if model.tokenizer is not None:
-        values |= {"tokenizer_type": "HFTokenizer", "vocab_file": str(place / hf.TOKENIZER)}
+        kind, files = model.tokenizer
+        values |= {"tokenizer_type": kind}
+        values |= {key: str(place / path.name) for key, path in files.items()}
     configs = {CONFIG: hf.yaml_text(values)}
     step = reshard(
         checkpoint, output, target, rows, todays_names=True, dtype=dtype, configs=configs
     )
-    if model.tokenizer is not None:
+    for path in files.values():
         try:
-            write_bytes(place / hf.TOKENIZER, model.tokenizer.read_bytes())
+            write_bytes(place / path.name, path.read_bytes())
         except OSError as error:
             raise CheckpointError(
-                f"{output}: its {hf.TOKENIZER} cannot be written: {error.strerror}."
+                f"{output}: its {path.name} cannot be written: {error.strerror}."
             ) from error
     return step
 
