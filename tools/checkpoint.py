@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
-"""Look at checkpoints, check, compare, convert, reshard and make them, and compute their logits.
+"""Look at checkpoints, check, compare, convert, merge, reshard and make them; compute their logits.
 
     python tools/checkpoint.py inspect 20B_checkpoints
     python tools/checkpoint.py verify 20B_checkpoints
     python tools/checkpoint.py diff checkpoints/run1 checkpoints/run2 --iteration 5000
     python tools/checkpoint.py convert 20B_checkpoints --to transformers --output 20B_hf
     python tools/checkpoint.py convert pythia-1b --to neox --model_parallel_size 2 --output pythia
+    python tools/checkpoint.py merge --load pythia --adapter lora/run1 --output pythia_merged
     python tools/checkpoint.py reshard 20B_checkpoints --model_parallel_size 1 --output 20B_mp1
     python tools/checkpoint.py synthesize --config configs/20B.yml --num_layers 8 --output slice
     python tools/checkpoint.py logits --config configs/20B.yml --tokens ids.npz --output out.npz
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 PRECISIONS = {"fp16": "float16", "bfloat16": "bfloat16", "fp32": "float32"}
 TOKENS_OF_20B = 50277
 FILES: dict[str, Any] = {"nargs": "+", "type": Path, "metavar": "YAML"}
+ADAPTER: dict[str, Any] = {"type": Path, "metavar": "FOLDER"}
 WHERE_IT_IS_NOT_TOLD = "where the checkpoint cannot tell its architecture, or its tokenizer"
 
 Run = Callable[[argparse.Namespace], int]
@@ -56,8 +58,8 @@ def build_parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    iteration, source, output, override = (
-        argparse.ArgumentParser(add_help=False) for _ in range(4)
+    iteration, source, output, override, dtype = (
+        argparse.ArgumentParser(add_help=False) for _ in range(5)
     )
     iteration.add_argument("--iteration", type=int, metavar="N", help="default: the latest")
     source.add_argument("folder", type=Path, metavar="FOLDER")
@@ -66,6 +68,8 @@ def build_parser() -> argparse.ArgumentParser:
     override.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override a key; repeatable"
     )
+
+    dtype.add_argument("--dtype", choices=PRECISIONS, help="default: the checkpoint's")
 
     def command(name: str, run: Run, summary: str, *parents: argparse.ArgumentParser) -> Any:
         made = commands.add_parser(name, help=summary, description=summary, parents=parents)
@@ -84,10 +88,17 @@ def build_parser() -> argparse.ArgumentParser:
     add("second", type=Path, metavar="FOLDER")
     add("--config", **FILES, help=WHERE_IT_IS_NOT_TOLD)
 
-    add = command("convert", run_convert, "change the format", source, iteration, output)
+    add = command("convert", run_convert, "change the format", source, iteration, output, dtype)
     add("--to", choices=("transformers", "neox"), required=True)
+    add("--adapter", **ADAPTER, help="LoRA adapters to merge into the weights")
     add("--config", **FILES, help=WHERE_IT_IS_NOT_TOLD)
-    add("--dtype", choices=PRECISIONS, help="default: the checkpoint's")
+
+    summary = "write NeoX's layer files with LoRA adapters in the weights"
+    add = command("merge", run_convert, summary, iteration, output, dtype)
+    add("--load", dest="folder", type=Path, required=True, metavar="FOLDER", help="the base")
+    add("--adapter", **ADAPTER, required=True, help="in PEFT's format, or checkpoints of a run")
+    add("--config", **FILES, help=WHERE_IT_IS_NOT_TOLD)
+    commands.choices["merge"].set_defaults(to="neox")
 
     add = command("reshard", run_reshard, "change the number of shards", source, iteration, output)
     add("--config", **FILES, help=WHERE_IT_IS_NOT_TOLD)
@@ -181,20 +192,23 @@ def run_convert(options: argparse.Namespace) -> int:
     from neox.checkpoint.hf.export import export
     from neox.checkpoint.hf.importing import import_folder
     from neox.checkpoint.neox import Checkpoint
+    from neox.checkpoint.peft import with_adapter
     from neox.checkpoint.reshard import choose_rows, reshard
     from neox.config.hf import is_transformers
     from neox.config.mesh import is_mesh
     from neox.model.gpt import torch_dtype
 
     dtype = torch_dtype(PRECISIONS[options.dtype]) if options.dtype else None
-    tp, output = options.model_parallel_size, options.output
+    tp, output, adapter = options.model_parallel_size, options.output, options.adapter
     if options.to == "neox" and (is_transformers(options.folder) or is_mesh(options.folder)):
         if options.iteration is not None or (options.config and is_transformers(options.folder)):
             raise ConfigError("a transformers folder takes neither --config nor --iteration.")
         config = None
         if options.config:
             config = config_at(Checkpoint.open(options.folder), options.config, tp or 1)
-        folder = import_folder(options.folder, output, tp=tp or 1, dtype=dtype, config=config)
+        folder = import_folder(
+            options.folder, output, tp=tp or 1, dtype=dtype, config=config, adapter=adapter
+        )
         log.info(f"{folder}: try ./deepy.py generate.py {folder}/configs/hf.yml")
         return 0
     checkpoint = Checkpoint.open(options.folder, options.iteration)
@@ -202,7 +216,17 @@ def run_convert(options: argparse.Namespace) -> int:
         config = config_at(checkpoint, options.config, tp or checkpoint.tp)
         checkpoint = Checkpoint.open(options.folder, options.iteration, config)
         rows = choose_rows(checkpoint, config, None, tokenizer_size(config))
-        folder = reshard(checkpoint, output, config, rows, todays_names=True, dtype=dtype)
+        if adapter is not None:
+            checkpoint = with_adapter(checkpoint, config, adapter)
+        folder = reshard(
+            checkpoint,
+            output,
+            config,
+            rows,
+            todays_names=True,
+            dtype=dtype,
+            as_recorded=adapter is None,
+        )
         log.info(f"{folder}: model_parallel_size {config.tp}, today's names")
         return 0
     if tp is not None:
@@ -212,6 +236,8 @@ def run_convert(options: argparse.Namespace) -> int:
     tokenizer = find_tokenizer(config)
     if tokenizer is None:
         log.warning(f"{output} gets no tokenizer: no vocab_file is known that is there (--config)")
+    if adapter is not None:
+        checkpoint = with_adapter(checkpoint, config, adapter)
     export(checkpoint, config, output, dtype=dtype, tokenizer=tokenizer)
     log.info(f"{output}: for transformers' from_pretrained")
     return 0

@@ -40,14 +40,14 @@ class Recipe:
     make: Callable[[], Tensor]
 
     @property
-    def like(self) -> Tensor:
+    def described(self) -> Tensor:
         """A tensor of this shape and precision, on no device."""
         return torch.empty(self.shape, dtype=self.dtype, device="meta")
 
     @classmethod
-    def of(cls, tensor: Tensor) -> Recipe:
-        """One that is there: a view of a file."""
-        return cls(tuple(tensor.shape), tensor.dtype, lambda: tensor)
+    def like(cls, tensor: Tensor, make: Callable[[], Tensor]) -> Recipe:
+        """Of the shape and precision of `tensor`."""
+        return cls(tuple(tensor.shape), tensor.dtype, make)
 
 
 class LazyTensors(Lazy[Tensor]):
@@ -57,4 +57,4 @@ class LazyTensors(Lazy[Tensor]):
 
     def described(self, name: str) -> Tensor:
         """A tensor of its shape and precision, on no device."""
-        return self._recipes[name].like
+        return self._recipes[name].described

@@ -78,11 +78,13 @@ def reshard(
     todays_names: bool = False,
     dtype: torch.dtype | None = None,
     configs: Mapping[str, str] | None = None,
+    as_recorded: bool = True,
 ) -> Path:
     """Write `checkpoint` into `directory` as config.tp shards of `rows` rows; return its folder.
 
     `config` tells the architecture, which says how each tensor is split. `configs` are the YAML
-    files to keep; by default those that the checkpoint kept. Every file is verified before it is
+    files to keep; by default those that the checkpoint kept. Logits that were recorded with it go
+    along, unless it computes others (not `as_recorded`). Every file is verified before it is
     read. Memory holds one shard of one layer, besides the pages of that layer's files. Optimizer
     state is left behind, with a line about it. Not collective, one process. Raises CheckpointError.
     """
@@ -112,7 +114,7 @@ def reshard(
                     )
                     bar.update()
         forward_pass = checkpoint.folder / FORWARD_PASS
-        if forward_pass.is_file():
+        if as_recorded and forward_pass.is_file():
             written[FORWARD_PASS] = write_file(folder / FORWARD_PASS, forward_pass.read_bytes())
         return written | save_run_state(folder, checkpoint.iteration, config.tp, run_state)
 

@@ -281,6 +281,11 @@ FROZEN = {
         recompute                                 acts     false
         precompute_model_name                     refused  null
     """,
+    "FrozenConfig": r"""
+        lora                                      acts     null
+        adapter                                   acts     null
+        load_in_8bit                              acts     false
+    """,
     "EvaluationConfig": r"""
         eval_tasks                                acts     null
         eval_results_prefix                       acts     ""
@@ -382,6 +387,7 @@ OURS = {  # the others are upstream's
     *("apply_chat_template", "chat_template_path"),
     *("wsd_decay_ratio", "wsd_decay_style"),
     *("rotary_interleaved", "use_bias_in_final_linear"),
+    *("lora", "adapter", "load_in_8bit"),
 }
 
 

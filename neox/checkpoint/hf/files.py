@@ -111,7 +111,7 @@ class TransformersFiles:
             weights = [part for part in parts if isinstance(part, EightBit)]
             if len(weights) == len(parts) and _share_table(weights):
                 kept[ours] = partial(self._eight_bit, weights)
-        shard = as_shard(where, {ours: recipe.like for ours, recipe in recipes.items()})
+        shard = as_shard(where, {ours: recipe.described for ours, recipe in recipes.items()})
         today = {name: recipes[ours] for name, ours in shard.names.items()}
         for name, ours in shard.names.items():
             if not today[name].dtype.is_floating_point:
@@ -134,7 +134,7 @@ class TransformersFiles:
         dense = [
             Recipe(tuple(part.shape), torch.float32, part.dequantize)
             if isinstance(part, EightBit)
-            else Recipe.of(part)
+            else _there(part)
             for part in parts
         ]
         if len(dense) == 1:
@@ -195,6 +195,11 @@ class TransformersFiles:
                             f"{shard.where}: {shard.names[name]} is {list(shape)}, but "
                             f"vocab_size in {self._folder / hf.CONFIG} is {rows}."
                         )
+
+
+def _there(tensor: Tensor) -> Recipe:
+    """A view of a file."""
+    return Recipe.like(tensor, lambda: tensor)
 
 
 def _share_table(parts: Sequence[EightBit]) -> bool:

@@ -13,6 +13,7 @@ from neox.checkpoint.hf.files import TransformersFiles, check_new
 from neox.checkpoint.lock import LOCK
 from neox.checkpoint.mesh import MeshFiles
 from neox.checkpoint.neox import Checkpoint
+from neox.checkpoint.peft import with_adapter
 from neox.checkpoint.reshard import choose_rows, reshard
 from neox.config import ModelConfig, from_dict, hf, mesh
 from neox.errors import CheckpointError
@@ -27,12 +28,13 @@ def import_folder(
     tp: int = 1,
     dtype: torch.dtype | None = None,
     config: ModelConfig | None = None,
+    adapter: Path | None = None,
 ) -> Path:
     """Write the weights to `output`, a new folder, as iteration 0 in `tp` shards; return the step.
 
     The folder is one of transformers, or of mesh-transformer-jax, of which `config` tells what
     MeshFiles cannot know. They keep their precision, unless `dtype` gives another, and the
-    vocabulary its rows.
+    vocabulary its rows. The LoRA adapters at `adapter` are merged into them.
     configs/hf.yml in the step describes the model and names `output` and the tokenizer, if there is
     one, which is copied there: generate.py needs no more. Memory holds one shard of one layer. Not
     collective, one process. Raises CheckpointError, and ConfigError where `tp` does not divide the
@@ -48,6 +50,8 @@ def import_folder(
     values = {**model.values, "seq_length": model.values["max_position_embeddings"]}
     target = from_dict({**values, "model_parallel_size": tp}, world_size=tp)
     rows = choose_rows(checkpoint, target, None, None)
+    if adapter is not None:
+        checkpoint = with_adapter(checkpoint, target, adapter)
     place = output.absolute()
     precision = model.precision or "fp32" if dtype is None else hf.PRECISIONS[_name(dtype)]
     values |= {"precision": precision, "pipe_parallel_size": 1, "load": str(place)}

@@ -71,26 +71,30 @@ def fill(module: nn.Module, layer: Layer, adapters: Adapters, groups: ProcessGro
     """
     assert layer.layout is not None
     layout = layer.layout | layer.adapters
-    for (index, name), whole in adapters.tensors.items():
-        if index == layer.index:
-            target = module.get_parameter(name)
-            target.copy_(shard(whole, layout[name], groups.tp_rank, groups.tp))
-            if not target.isfinite().all() and whole.isfinite().all():
-                raise CheckpointError(
-                    f"adapter: {name} of layer {index:02d} has numbers that {target.dtype} cannot "
-                    "hold. Use --set precision=bfloat16 or fp32."
-                )
     parameters = dict(module.named_parameters())
     for (index, name), copy in adapters.copies.items():
-        if index == layer.index and name in parameters:  # not in 8 bits
+        if index == layer.index and name in parameters:  # what is in 8 bits is not
             own = shard(copy, layout[name], groups.tp_rank, groups.tp)
-            check_copy(name, own, parameters[name])
+            known = len(own)  # rows; those of the vocabulary beyond the copy's are padding
+            if layout[name].is_vocab:
+                known = max(0, min(known, len(copy) - groups.tp_rank * known))
+            check_copy(name, own[:known], parameters[name][:known])
+    for name, whole in adapters.of(layer.index).items():
+        target = parameters[name]
+        target.copy_(shard(whole, layout[name], groups.tp_rank, groups.tp))
+        if not target.isfinite().all() and whole.isfinite().all():
+            raise CheckpointError(
+                f"adapter: {name} of layer {layer.index:02d} has numbers that float16 cannot hold, "
+                "which ends at 65504. Use --set precision=bfloat16 or fp32."
+            )
 
 
 def check_copy(name: str, copy: Tensor, base: Tensor) -> None:
     """Raises CheckpointError unless a tensor is the base's, but for rounding to 16 bits."""
     copy, base = copy.float(), base.detach().float().cpu()
-    if not torch.allclose(copy, base, rtol=2**-7, atol=1e-6):  # bfloat16 has 8 bits
+    if copy.numel() and not torch.allclose(
+        copy, base, rtol=2**-7, atol=1e-6
+    ):  # bfloat16 has 8 bits
         difference = (copy - base).abs().max().item()
         raise CheckpointError(
             f"adapter: its copy of the base's {name} differs from the one here by up to "
