@@ -26,6 +26,7 @@ from neox.model.gpt import layers
 from neox.model.shard import shard
 from neox.parallel.groups import ProcessGroups, initialize
 from neox.parallel.topology import Topology
+from neox.train.start import find_start
 from tests.checkpoint.hf_folders import CLOSE, TOKENS
 from tests.checkpoint.mesh_folders import HEADS, KEYS, ROWS, gpt_j, write
 from tests.world import World
@@ -209,6 +210,20 @@ def test_a_width_of_4096_is_gpt_j_6b(tmp_path: Path) -> None:
     config = from_dict({"load": str(write(tmp_path / "step_1", weights))}, world_size=1)
     assert (config.num_attention_heads, config.rotary_dim, config.seq_length) == (16, 64, 2048)
     assert (config.intermediate_size, config.precision) == (8, "bfloat16")
+
+
+def test_training_starts_from_the_weights(folder: Path) -> None:
+    schedule = {"train_iters": 4, "lr_decay_iters": 4, "optimizer": {"type": "Adam", "params": {}}}
+    config = config_for(folder, **schedule)
+    start = find_start(config, SINGLE)
+    assert (start.iteration, start.with_optimizer) == (0, False)
+    assert start.checkpoint is not None
+    assert start.checkpoint.padded_vocab_size == ROWS
+    layer = layers(config, ROWS, torch.float32, SINGLE)[2]
+    start.checkpoint.read(layer, SINGLE)  # with the configuration's heads
+    _flip(folder / "shard_1/3.npz")
+    with pytest.raises(CheckpointError, match=r"shard_1/3\.npz is damaged"):
+        find_start(config, SINGLE)
 
 
 def _rewrite(path: Path, change: Callable[[list[Any]], list[Any]]) -> None:
