@@ -173,6 +173,8 @@ def run_diff(options: argparse.Namespace) -> int:
     first = Checkpoint.open(options.first, options.iteration)
     second = Checkpoint.open(options.second, options.iteration)
     configs = configs_of(first, second, options.config)
+    first = Checkpoint.open(options.first, options.iteration, configs[0])
+    second = Checkpoint.open(options.second, options.iteration, configs[1])
     contradictions = compare_architectures(first, second)
     for contradiction in contradictions:
         log.info(f"architecture: {contradiction}")
@@ -193,19 +195,26 @@ def run_convert(options: argparse.Namespace) -> int:
     from neox.checkpoint.peft import with_adapter
     from neox.checkpoint.reshard import choose_rows, reshard
     from neox.config.hf import is_transformers
+    from neox.config.mesh import is_mesh
     from neox.model.gpt import torch_dtype
 
     dtype = torch_dtype(PRECISIONS[options.dtype]) if options.dtype else None
     tp, output, adapter = options.model_parallel_size, options.output, options.adapter
-    if options.to == "neox" and is_transformers(options.folder):
-        if options.config or options.iteration is not None:
+    if options.to == "neox" and (is_transformers(options.folder) or is_mesh(options.folder)):
+        if options.iteration is not None or (options.config and is_transformers(options.folder)):
             raise ConfigError("a transformers folder takes neither --config nor --iteration.")
-        folder = import_folder(options.folder, output, tp=tp or 1, dtype=dtype, adapter=adapter)
+        config = None
+        if options.config:
+            config = config_at(Checkpoint.open(options.folder), options.config, tp or 1)
+        folder = import_folder(
+            options.folder, output, tp=tp or 1, dtype=dtype, config=config, adapter=adapter
+        )
         log.info(f"{folder}: try ./deepy.py generate.py {folder}/configs/hf.yml")
         return 0
     checkpoint = Checkpoint.open(options.folder, options.iteration)
     if options.to == "neox":
         config = config_at(checkpoint, options.config, tp or checkpoint.tp)
+        checkpoint = Checkpoint.open(options.folder, options.iteration, config)
         rows = choose_rows(checkpoint, config, None, tokenizer_size(config))
         if adapter is not None:
             checkpoint = with_adapter(checkpoint, config, adapter)
@@ -223,6 +232,7 @@ def run_convert(options: argparse.Namespace) -> int:
     if tp is not None:
         raise ConfigError("--model_parallel_size: a transformers folder is whole; leave it out.")
     config = config_at(checkpoint, options.config, 1)
+    checkpoint = Checkpoint.open(options.folder, options.iteration, config)
     tokenizer = find_tokenizer(config)
     if tokenizer is None:
         log.warning(f"{output} gets no tokenizer: no vocab_file is known that is there (--config)")
@@ -246,6 +256,7 @@ def run_reshard(options: argparse.Namespace) -> int:
         )
     checkpoint = Checkpoint.open(options.folder, options.iteration)
     config = config_at(checkpoint, options.config, options.model_parallel_size)
+    checkpoint = Checkpoint.open(options.folder, options.iteration, config)
     rows = choose_rows(checkpoint, config, options.padded_vocab_size, tokenizer_size(config))
     folder = reshard(checkpoint, options.output, config, rows)
     log.info(f"{folder}: model_parallel_size {config.tp}, from {checkpoint.tp}")

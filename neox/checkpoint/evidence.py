@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from neox import log
 from neox.checkpoint.hf.files import TransformersFiles
 from neox.checkpoint.manifest import MANIFEST
+from neox.checkpoint.mesh import MeshFiles
 from neox.checkpoint.neox import Checkpoint
 from neox.checkpoint.sources import load_model_file, model_file
 from neox.checkpoint.tensor_facts import Fact, Facts, tensor_facts
@@ -102,7 +103,7 @@ def _agree(known: Fact, other: Fact) -> bool:
 
 
 def _stated(checkpoint: Checkpoint) -> Description | None:
-    """Of this program's manifest, or of a transformers folder."""
+    """Of this program's manifest, or of another program's folder."""
     if checkpoint.manifest is not None and checkpoint.manifest.architecture:
         where = f"{_name(checkpoint)}/{MANIFEST}"
         return _description(where, checkpoint.manifest.architecture, whole=True)
@@ -111,6 +112,10 @@ def _stated(checkpoint: Checkpoint) -> Description | None:
         values = fitting(folder.values)
         given = {key: Fact(value, f"{where}, {folder.said(key)}") for key, value in values.items()}
         return Description(where, given, whole=True)
+    if isinstance(checkpoint.source, MeshFiles):
+        known = fitting(checkpoint.source.config.values)
+        found = _description(_name(checkpoint), known, whole=True)
+        return replace(found, strange=frozenset(checkpoint.source.config.untold))
     return None
 
 

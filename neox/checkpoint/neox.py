@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from neox.checkpoint.files import check_crc, save_file
 from neox.checkpoint.hf.files import TransformersFiles
 from neox.checkpoint.manifest import HAS_MANIFEST, MANIFEST, Entry, Manifest
+from neox.checkpoint.mesh import MeshFiles
 from neox.checkpoint.sources import (
     ADAPTERS,
     AdapterFiles,
@@ -34,7 +35,9 @@ from neox.checkpoint.sources import (
     layer_file,
     load_model_file,
 )
+from neox.config import ModelConfig
 from neox.config.hf import is_transformers
+from neox.config.mesh import is_mesh
 from neox.errors import CheckpointError, DamageError
 from neox.model.gpt import Layer, LocalLayers
 from neox.model.layout import ParamLayout
@@ -80,8 +83,13 @@ def resolve(directory: Path, iteration: int | None) -> Path:
 
 
 def holds_weights(directory: Path) -> bool:
-    """Whether a folder itself holds a checkpoint's files, or is one of transformers."""
-    return has_layer_files(directory) or has_model_files(directory) or is_transformers(directory)
+    """Whether a folder itself holds a checkpoint's files, of any program."""
+    return (
+        has_layer_files(directory)
+        or has_model_files(directory)
+        or is_transformers(directory)
+        or is_mesh(directory)
+    )
 
 
 def latest_name(directory: Path) -> str:
@@ -163,15 +171,20 @@ class Checkpoint:
     _ahead: list[_Ahead] = field(repr=False, default_factory=list)  # at most one
 
     @classmethod
-    def open(cls, directory: Path, iteration: int | None = None) -> Checkpoint:
+    def open(
+        cls, directory: Path, iteration: int | None = None, config: ModelConfig | None = None
+    ) -> Checkpoint:
         """Find the files of a step and check that there are as many shards of every layer.
 
-        The directory may also be a transformers folder. Raises CheckpointError, also for files
-        that the manifest lists and are missing or of another size.
+        The directory may also be a transformers folder, or one of mesh-transformer-jax, whose
+        heads `config` tells. Raises CheckpointError, also for files that the manifest lists and
+        are missing or of another size.
         """
         folder = resolve(directory, iteration)
         if folder == directory and is_transformers(folder):
             return cls(folder, TransformersFiles(folder))
+        if folder == directory and is_mesh(folder):
+            return cls(folder, MeshFiles(folder, config))
         manifest = read_manifest(folder)
         if manifest is not None:
             manifest.check_sizes("layer_*")
@@ -219,7 +232,7 @@ class Checkpoint:
                 raise CheckpointError(
                     f"{shard.where} holds no {name}: it is not an embedding layer."
                 )
-            rows += shard.tensors[name].shape[0]
+            rows += shard.described(name).shape[0]
         return rows
 
     def shards(self, index: int) -> list[Shard]:
@@ -251,11 +264,12 @@ class Checkpoint:
     def _fill(self, module: nn.Module, layer: Layer, groups: ProcessGroups) -> None:
         parameters = dict(module.named_parameters())
         with torch.no_grad():
-            for name, layout, shards in self.tensors(layer):
+            stored = self._fitting(layer)
+            for name, layout in (layer.layout or {}).items():
                 if name not in parameters:
-                    _hold_eight_bit(module, name, layout, shards, groups)
+                    _hold_eight_bit(module, name, layout, stored, groups)
                     continue
-                target = parameters[name]
+                target, shards = parameters[name], [shard.tensors[name] for shard in stored]
                 reshard_into(target, shards, layout, groups.tp_rank, groups.tp)
                 if target.dtype is torch.float16 and shards[0].dtype is not torch.float16:
                     self._check_range(name, layer.file_index, target, shards)
@@ -339,6 +353,17 @@ class Checkpoint:
 
     def tensors(self, layer: Layer) -> Iterator[tuple[str, ParamLayout, list[Tensor]]]:
         """Each parameter of a layer with its layout and its stored shards, checked."""
+        stored = self._fitting(layer)
+        for name, layout in (layer.layout or {}).items():
+            yield name, layout, [shard.tensors[name] for shard in stored]
+
+    def dtypes(self, layer: Layer) -> dict[str, torch.dtype]:
+        """The precision of each parameter of a layer, whose numbers are not read."""
+        stored = self._fitting(layer)
+        return {name: stored[0].described(name).dtype for name in layer.layout or {}}
+
+    def _fitting(self, layer: Layer) -> list[Shard]:
+        """The shards of a layer. Raises CheckpointError where names or shapes are others."""
         assert layer.layout is not None
         if layer.index != layer.file_index and layer.index in self.source.indices:
             raise CheckpointError(
@@ -350,9 +375,9 @@ class Checkpoint:
         for shard in stored:
             self._check_names(shard, layer)
         for name, layout in layer.layout.items():
-            tensors = [shard.tensors[name] for shard in stored]
-            self._check_shapes(layer.file_index, name, tensors, layout)
-            yield name, layout, tensors
+            shards = [shard.described(name) for shard in stored]
+            self._check_shapes(layer.file_index, name, shards, layout)
+        return stored
 
     def _check_names(self, shard: Shard, layer: Layer) -> None:
         assert layer.layout is not None
@@ -396,14 +421,18 @@ class Checkpoint:
 
 
 def _hold_eight_bit(
-    module: nn.Module, name: str, layout: ParamLayout, shards: list[Tensor], groups: ProcessGroups
+    module: nn.Module, name: str, layout: ParamLayout, stored: list[Shard], groups: ProcessGroups
 ) -> None:
-    """Fill an 8-bit weight. Blocks are those of the whole tensor, which is joined for it."""
+    """Fill an 8-bit weight: with the codes that are stored, or of the whole tensor, quantized."""
     place = module.get_submodule(name)
     assert isinstance(place, EightBit), name
-    is_whole = len(shards) == 1 and shards[0].shape == layout.shape
-    whole = shards[0] if is_whole else reshard(shards, layout, 0, 1)
-    place.assign(cut(quantize(whole), layout, groups.tp_rank, groups.tp))
+    if len(stored) == 1 and name in stored[0].eight_bit:
+        whole = stored[0].eight_bit[name]
+    else:
+        shards = [shard.tensors[name] for shard in stored]
+        is_whole = len(shards) == 1 and shards[0].shape == layout.shape
+        whole = quantize(shards[0] if is_whole else reshard(shards, layout, 0, 1))
+    place.assign(cut(whole, layout, groups.tp_rank, groups.tp))
 
 
 def save_layers(folder: Path, local: LocalLayers, groups: ProcessGroups) -> dict[str, Entry]:

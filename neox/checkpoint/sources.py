@@ -11,7 +11,9 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from neox.checkpoint.files import load_file
+from neox.checkpoint.lazy import LazyTensors
 from neox.errors import CheckpointError, DamageError
+from neox.model.quantized import EightBit
 
 _LAYER_FILE = re.compile(r"layer_(\d+)-model_(\d+)-model_states\.pt$")
 _MODEL_FILE = re.compile(r"mp_rank_(\d+)_model_states\.pt$")
@@ -44,15 +46,24 @@ _RANDOM_STATE: list[Any] = [
 
 @dataclass(frozen=True)
 class Shard:
-    """One tp rank's tensors of one layer, by today's names; views of the file `where`.
+    """One tp rank's tensors of one layer, by today's names; views of the file `where`, or made of
+    what it holds each time that they are looked up.
 
     `buffers` are those that older files hold and nobody needs. `names` are the names as found.
+    `eight_bit` has those of the tensors that are stored so; `tensors` has them, too, in float32.
     """
 
     where: Path
     tensors: Mapping[str, Tensor]
     buffers: Mapping[str, Tensor] = field(default_factory=dict)
     names: Mapping[str, str] = field(default_factory=dict)
+    eight_bit: Mapping[str, EightBit] = field(default_factory=dict)
+
+    def described(self, name: str) -> Tensor:
+        """A tensor of the shape and precision of `name`, whose numbers may not be there."""
+        if isinstance(self.tensors, LazyTensors):
+            return self.tensors.described(name)
+        return self.tensors[name]
 
 
 class Source(Protocol):

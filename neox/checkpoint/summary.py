@@ -16,6 +16,7 @@ from torch import Tensor
 from neox import log
 from neox.checkpoint.architecture import recorded
 from neox.checkpoint.hf.files import TransformersFiles
+from neox.checkpoint.mesh import MeshFiles
 from neox.checkpoint.neox import Checkpoint
 from neox.checkpoint.optimizer_files import has_plain_state, optimizer_files
 from neox.checkpoint.sources import LayerFiles, ModelFiles, Shard
@@ -37,6 +38,7 @@ _CHUNK = 1 << 24  # elements at a time: 128 MiB of double precision
 _KINDS = {
     LayerFiles: "a NeoX checkpoint of layer files",
     ModelFiles: "a NeoX checkpoint of whole-model files (pipe_parallel_size 0)",
+    MeshFiles: "a checkpoint of mesh-transformer-jax",
 }
 
 
@@ -95,7 +97,7 @@ def summarize(checkpoint: Checkpoint) -> Summary:
             dtypes[tensor.dtype] += tensor.numel
     return Summary(
         folder=checkpoint.folder,
-        kind=_KINDS.get(type(checkpoint.source), "a transformers folder"),
+        kind=_kind(checkpoint),
         iteration=checkpoint.iteration,
         shards=checkpoint.tp,
         layers=checkpoint.depth,
@@ -187,16 +189,17 @@ def tensors_of(checkpoint: Checkpoint, *, values: bool = False) -> Iterator[Stor
                 checkpoint.verify_layer(index, ProcessGroups.single())
             shards = checkpoint.shards(index)
             for today, name in shards[0].names.items():
-                yield _stored_tensor(index, name, splits.get(today), _of(shards, today), values)
+                found = _of(shards, today, values)
+                yield _stored_tensor(index, name, splits.get(today), found, values)
             for name in shards[0].buffers:
                 yield _stored_tensor(index, name, None, [shards[0].buffers[name]], values)
             bar.update()
 
 
-def _of(shards: Sequence[Shard], name: str) -> list[Tensor]:
+def _of(shards: Sequence[Shard], name: str, values: bool) -> list[Tensor]:
     if missing := [str(shard.where) for shard in shards if name not in shard.tensors]:
         raise CheckpointError(f"{missing[0]} holds no {name}, but {shards[0].where} does.")
-    return [shard.tensors[name] for shard in shards]
+    return [shard.tensors[name] if values else shard.described(name) for shard in shards]
 
 
 def _stored_tensor(
@@ -262,9 +265,18 @@ def _splits(gpt_j_residual: bool | None) -> dict[str, str]:
     return found
 
 
+def _kind(checkpoint: Checkpoint) -> str:
+    source = checkpoint.source
+    if isinstance(source, TransformersFiles):
+        return "a transformers folder" + (", of 8-bit weights" if source.is_eight_bit else "")
+    return _KINDS[type(source)]
+
+
 def _era(checkpoint: Checkpoint) -> str:
     if isinstance(checkpoint.source, TransformersFiles):
         return "those of transformers"
+    if isinstance(checkpoint.source, MeshFiles):
+        return "none: an array's place tells what it is"
     shards = [shard for index in checkpoint.indices for shard in checkpoint.shards(index)[:1]]
     if any(today != name for shard in shards for today, name in shard.names.items()):
         return "of the 20B and Pythia era (dense_h_to_4h)"
@@ -275,6 +287,8 @@ def _optimizer(checkpoint: Checkpoint) -> str | None:
     """What there is of optimizer state, and the grid that it is of."""
     if isinstance(checkpoint.source, TransformersFiles):
         return None
+    if isinstance(checkpoint.source, MeshFiles):
+        return "of JAX, which stays behind" if checkpoint.source.has_optimizer else None
     try:
         files = optimizer_files(checkpoint.folder, checkpoint.tp)
         if files is not None:

@@ -86,12 +86,15 @@ class _Layer:
 
     def shape(self, name: str) -> tuple[int, int] | None:
         """Of a matrix's first shard; None where there is no such matrix."""
-        found = self._first.tensors.get(name)
-        return (found.shape[0], found.shape[1]) if found is not None and found.ndim == 2 else None
+        if name not in self._first.tensors:
+            return None
+        found = self._first.described(name)
+        return (found.shape[0], found.shape[1]) if found.ndim == 2 else None
 
     def total(self, name: str, dim: int) -> int:
         """The size of a dimension that is split, over all shards."""
-        return sum(shard.tensors[name].shape[dim] for shard in self.shards if name in shard.tensors)
+        shards = [shard for shard in self.shards if name in shard.tensors]
+        return sum(shard.described(name).shape[dim] for shard in shards)
 
     def fact(self, value: Any, held: str | None, lacked: str = "", tolerance: float = 0.0) -> Fact:
         """A value that a tensor shows, or the lack of one."""

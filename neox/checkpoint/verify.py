@@ -110,6 +110,7 @@ def _names(folder: Path, manifest: Manifest | None, weights_only: bool) -> list[
     present = {path.name for path in folder.iterdir() if _CHECKPOINT_FILE.match(path.name)}
     if manifest is None:
         names = present | {path.name for path in folder.glob("*.bin")}
+        names |= {path.relative_to(folder).as_posix() for path in folder.glob("shard_*/*.npz")}
     else:
         names = set(manifest.files)
         if strange := sorted(present - names):

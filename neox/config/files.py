@@ -10,6 +10,7 @@ from neox.config.checks import Findings
 from neox.config.config import NeoXConfig
 from neox.config.draft import Problem
 from neox.config.hf import is_transformers
+from neox.config.mesh import is_mesh
 from neox.config.values import listed, show
 
 _SHOWN = 8
@@ -167,7 +168,7 @@ def _adapter(config: NeoXConfig) -> Findings:
 def _is_step(folder: Path) -> bool:
     """Whether a folder is itself one checkpoint, not a folder of them."""
     patterns = ("layer_*-model_*-model_states.pt", "mp_rank_*_model_states.pt")
-    return any(any(folder.glob(pattern)) for pattern in patterns)
+    return is_mesh(folder) or any(any(folder.glob(pattern)) for pattern in patterns)
 
 
 def _latest(load: str, folder: Path) -> Findings:

@@ -224,6 +224,11 @@ class Folder:
     precision: str | None  # that the weights were saved in, if told
 
     @property
+    def where(self) -> Path:
+        """What says so."""
+        return self.path / CONFIG
+
+    @property
     def tokenizer(self) -> tuple[str, dict[str, Path]] | None:
         """Its tokenizer, if it has one: the type, and the files by the keys that name them."""
         for kind, files in TOKENIZERS.items():

@@ -36,7 +36,7 @@ def open_checkpoint(config: NeoXConfig, groups: ProcessGroups) -> Checkpoint:
     directory = Path(config.load)
     folder = groups.gather(resolve(directory, config.iteration))[0]
     with telling_another(folder):
-        checkpoint = Checkpoint.open(folder)
+        checkpoint = Checkpoint.open(folder, config=config)
     if config.iteration is None and folder != directory:
         tell_newer(folder)
     return checkpoint

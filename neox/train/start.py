@@ -57,9 +57,9 @@ def find_start(config: NeoXConfig, groups: ProcessGroups) -> Start:
         return Start()
     weights_only = config.finetune or config.no_load_optim
     if config.iteration is None and not config.finetune:
-        checkpoint = _newest_whole(directory, weights_only, groups)
+        checkpoint = _newest_whole(config, weights_only, groups)
     else:
-        checkpoint = _whole(directory, config.iteration, weights_only, groups)
+        checkpoint = _whole(config, weights_only, groups)
     check_architecture(config, checkpoint, finetune=config.finetune)
     if config.finetune:
         log.info(f"finetune: weights of {checkpoint.folder}, fresh optimizer, iteration 0")
@@ -137,11 +137,12 @@ def _check_optimizer(config: NeoXConfig, folder: Path) -> None:
         )
 
 
-def _newest_whole(directory: Path, weights_only: bool, groups: ProcessGroups) -> Checkpoint:
+def _newest_whole(config: NeoXConfig, weights_only: bool, groups: ProcessGroups) -> Checkpoint:
     """What `latest` names, or where that is damaged the newest older one that is not."""
+    directory = Path(config.load or "")
     candidates = groups.gather(_candidates(directory))[0]  # another run may be saving there
     if not candidates:
-        return _whole(directory, None, weights_only, groups)
+        return _whole(config, weights_only, groups)
     damaged = []
     for folder in candidates:
         problems = verify(folder, groups, weights_only=weights_only)
@@ -173,13 +174,11 @@ def _candidates(directory: Path) -> list[Path]:
     return found[found.index(named) :]
 
 
-def _whole(
-    directory: Path, iteration: int | None, weights_only: bool, groups: ProcessGroups
-) -> Checkpoint:
+def _whole(config: NeoXConfig, weights_only: bool, groups: ProcessGroups) -> Checkpoint:
     """The one that is asked for. Raises CheckpointError when it is damaged."""
-    folder = groups.gather(resolve(directory, iteration))[0]
+    folder = groups.gather(resolve(Path(config.load or ""), config.iteration))[0]
     with telling_another(folder, groups):
-        checkpoint = Checkpoint.open(folder)
+        checkpoint = Checkpoint.open(folder, config=config)
         problems = verify(folder, groups, weights_only=weights_only)
         if problems:
             advice = _without_optimizer(folder, weights_only, groups)

@@ -13,12 +13,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from neox.checkpoint.neox import Checkpoint
 from neox.checkpoint.sources import layer_file
 from neox.inference.load import load_model
 from neox.parallel.groups import ProcessGroups
 from tests import scripts
+from tests.checkpoint import mesh_folders
 from tests.models import BASE, VOCAB, config_of, tokens, write_model
 from tests.world import World
 from tools import checkpoint as tool
@@ -82,6 +84,39 @@ def test_there_and_back(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
         assert call("diff", saved, other) == 0
         assert call("verify", other) == 0
     assert call("diff", saved, back, "--iteration", "7") == 2
+
+
+def test_folders_of_jax_go_everywhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = mesh_folders.gpt_j()
+    jax = mesh_folders.write(tmp_path / "step_7", model.state_dict(), slim=False)
+    neox, hf, four = tmp_path / "neox", tmp_path / "hf", tmp_path / "four"
+    config = tmp_path / "heads.yml"
+    config.write_text(json.dumps({"load": str(jax), **mesh_folders.KEYS}))
+    assert call("inspect", jax) == 0
+    told = capsys.readouterr().out
+    assert "a checkpoint of mesh-transformer-jax" in told
+    assert "of JAX, which stays behind" in told
+    assert "not told: num_attention_heads, num_kv_heads, rotary_pct" in told
+    assert call("verify", jax) == 0
+    capsys.readouterr()
+
+    assert call("convert", jax, "--to", "neox", "--output", neox) == 2
+    assert "does not tell num_attention_heads and rotary_pct" in capsys.readouterr().err
+    tp = ("--model_parallel_size", "2", "--config", config)
+    assert call("convert", jax, "--to", "neox", *tp, "--output", neox) == 0
+    assert "load: " + str(neox) in (neox / "global_step0/configs/hf.yml").read_text()
+    assert call("reshard", jax, *tp, "--output", four) == 0
+    capsys.readouterr()
+    for other in (neox, four):
+        assert call("diff", jax, other) == 0
+        assert capsys.readouterr().out == "21 tensors: 21 bitwise equal\n"
+
+    assert call("convert", jax, "--to", "transformers", "--config", config, "--output", hf) == 0
+    assert json.loads((hf / "config.json").read_text())["dtype"] == "bfloat16"
+    exported = load_file(hf / "model.safetensors")
+    assert exported.keys() == model.state_dict().keys()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(exported[name].float(), tensor), name
 
 
 def test_an_earlier_step_may_be_chosen(saved: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,7 +76,7 @@ def export(
     try:
         aside.mkdir(parents=True)
         _write_weights(aside, checkpoint, parts, max_shard_bytes)
-        _write_texts(aside, checkpoint, config, parts[0].dtype, tokenizer)
+        _write_texts(aside, checkpoint, config, _main_dtype(parts), tokenizer)
         prove(checkpoint, config, aside, dtype)
         aside.rename(place)
     except OSError as error:
@@ -97,13 +98,21 @@ def _parts(
             f"is repeated {config.num_attention_heads // config.kv_heads} times"
         )
     for layer in with_files:
-        stored = {name: shards[0].dtype for name, _, shards in checkpoint.tensors(layer)}
+        stored = checkpoint.dtypes(layer)
         if foreign := {str(found) for found in stored.values() if not is_writable(found)}:
             raise CheckpointError(f"{checkpoint.folder} holds {', '.join(foreign)} numbers.")
         for recipe in recipes(config, kind, layer):
             # Zeros are biases that we have not: of the type of the layer's other tensors.
             found = stored[recipe.source] if recipe.source else next(iter(stored.values()))
             yield _Part(layer, recipe, dtype or found)
+
+
+def _main_dtype(parts: Sequence[_Part]) -> torch.dtype:
+    """The one that most of the bytes are in: from_pretrained gives it to all."""
+    held: Counter[torch.dtype] = Counter()
+    for part in parts:
+        held[part.dtype] += size(part.spec)
+    return held.most_common(1)[0][0]
 
 
 def _write_weights(

@@ -2,41 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Collection, Iterable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Protocol
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from neox.checkpoint.files import load_file
+from neox.checkpoint.hf import eight_bit
 from neox.checkpoint.hf.names import NAMINGS, Names, interleave
+from neox.checkpoint.lazy import Lazy, LazyTensors, Recipe
 from neox.checkpoint.sources import Shard, as_shard
 from neox.config import hf
 from neox.config.values import listed
 from neox.errors import CheckpointError, ConfigError
+from neox.model.quantized import EightBit
 
 SAFETENSORS = "model.safetensors"
 _TORCH = "pytorch_model.bin"
 _SHOWN = 4
 
 
-class Tensors(Protocol):
-    """Tensors by transformers' names, wherever they are."""
-
-    @property
-    def names(self) -> Collection[str]: ...
-
-    def files(self, names: Collection[str]) -> list[Path]:
-        """The files that hold these, in order."""
-
-    def load(self, names: Collection[str]) -> Mapping[str, Tensor]:
-        """These, nothing read yet but their shapes. Raises CheckpointError."""
-
-
 class FolderTensors:
     """Those of model.safetensors or pytorch_model.bin, whole or in parts with an index.
+
+    The three tensors of an 8-bit weight are one here, under the name of its codes.
 
     Each `load` opens the files anew, since the pages of a mapping that were read stay in memory
     until it is dropped.
@@ -47,20 +39,35 @@ class FolderTensors:
         self._paths = {name: folder / file for name, file in files_by_name(folder).items()}
         if missing := {path.name for path in self._paths.values() if not path.is_file()}:
             raise CheckpointError(f"{folder} is incomplete: {_some(missing)} missing.")
-
-    @property
-    def names(self) -> Collection[str]:
-        return self._paths.keys()
+        self._folder = folder
+        self.eight_bit = eight_bit.weights(self._paths, folder)
+        beside = {name for weight in self.eight_bit for name in eight_bit.parts(weight)[1:]}
+        self.names = self._paths.keys() - beside
 
     def files(self, names: Collection[str]) -> list[Path]:
-        return sorted({self._paths[name] for name in names})
+        """The files that hold these, in order."""
+        return sorted({self._paths[name] for name in self._parts(names)})
 
-    def load(self, names: Collection[str]) -> Mapping[str, Tensor]:
-        """Views of the files."""
+    def load(self, names: Collection[str]) -> dict[str, Tensor | EightBit]:
+        """Views of the files. Raises CheckpointError."""
         stored: dict[str, Tensor] = {}
         for path in self.files(names):
-            stored |= load_tensors(path, [name for name in names if self._paths[name] == path])
-        return stored
+            here = [name for name in self._parts(names) if self._paths[name] == path]
+            stored |= load_tensors(path, here)
+        return {
+            name: eight_bit.assemble(name, stored, self._folder)
+            if name in self.eight_bit
+            else stored[name]
+            for name in names
+        }
+
+    def _parts(self, names: Collection[str]) -> list[str]:
+        """What is stored of each."""
+        return [
+            part
+            for name in names
+            for part in (eight_bit.parts(name) if name in self.eight_bit else (name,))
+        ]
 
 
 class TransformersFiles:
@@ -75,7 +82,7 @@ class TransformersFiles:
         except ConfigError as error:
             raise CheckpointError(str(error)) from None
         self._folder = folder
-        self._tensors: Tensors = FolderTensors(folder)
+        self._tensors = FolderTensors(folder)
         self._layers = self._sort()
         self._check_rows()
 
@@ -86,23 +93,71 @@ class TransformersFiles:
     def files(self, index: int) -> list[Path]:
         return self._tensors.files(_theirs(self._layers[index]))
 
+    @property
+    def is_eight_bit(self) -> bool:
+        return bool(self._tensors.eight_bit)
+
     def shards(self, index: int) -> list[Shard]:
         found, files = self._layers[index], self.files(index)
         stored = self._tensors.load(_theirs(found))
         where = files[0] if len(files) == 1 else self._folder
-        parts = {ours: [stored[name] for name in theirs] for ours, theirs in found.items()}
-        shard = as_shard(where, {ours: tensors[0] for ours, tensors in parts.items()})
-        names = {today: _in_short(found[ours]) for today, ours in shard.names.items()}
-        split = {ours: tensors for ours, tensors in parts.items() if len(tensors) > 1}
-        heads = self.config.values["num_attention_heads"]
-        for ours, tensors in split.items():
-            shapes = [list(tensor.shape) for tensor in tensors]
-            if shapes.count(shapes[0]) < len(shapes) or not shapes[0] or shapes[0][0] % heads:
+        recipes: dict[str, Recipe] = {}
+        kept: dict[str, Callable[[], EightBit]] = {}
+        for ours, theirs in found.items():
+            parts = [stored[name] for name in theirs]
+            if len(parts) > 1:
+                self._check_heads(where, theirs, parts)
+            recipes[ours] = self._recipe(parts)
+            weights = [part for part in parts if isinstance(part, EightBit)]
+            if len(weights) == len(parts) and _share_table(weights):
+                kept[ours] = partial(self._eight_bit, weights)
+        shard = as_shard(where, {ours: recipe.described for ours, recipe in recipes.items()})
+        today = {name: recipes[ours] for name, ours in shard.names.items()}
+        for name, ours in shard.names.items():
+            if not today[name].dtype.is_floating_point:
                 raise CheckpointError(
-                    f"{where}: {names[ours]} are {listed(map(str, shapes), 'and')}, which are not "
-                    f"the same rows of {heads} heads."
+                    f"{where}: {_in_short(found[ours])} holds {str(today[name].dtype)[6:]} numbers,"
+                    " which are no weights without NAME.absmax and NAME.code beside NAME.weight."
                 )
-        return [replace(shard, tensors=_Joined(shard.tensors, split, heads), names=names)]
+        return [
+            Shard(
+                where,
+                LazyTensors(today),
+                buffers={name: recipes[name].make() for name in shard.buffers},
+                names={name: _in_short(found[ours]) for name, ours in shard.names.items()},
+                eight_bit=Lazy({n: kept[o] for n, o in shard.names.items() if o in kept}),
+            )
+        ]
+
+    def _recipe(self, parts: Sequence[Tensor | EightBit]) -> Recipe:
+        """How one tensor is made of what is stored of it."""
+        dense = [
+            Recipe(tuple(part.shape), torch.float32, part.dequantize)
+            if isinstance(part, EightBit)
+            else _there(part)
+            for part in parts
+        ]
+        if len(dense) == 1:
+            return dense[0]
+        first = dense[0]
+        shape = (sum(part.shape[0] for part in dense), *first.shape[1:])
+        heads = self.config.values["num_attention_heads"]
+        return Recipe(shape, first.dtype, lambda: interleave(heads, [p.make() for p in dense]))
+
+    def _eight_bit(self, parts: Sequence[EightBit]) -> EightBit:
+        if len(parts) == 1:
+            return parts[0]
+        return eight_bit.join(self.config.values["num_attention_heads"], parts)
+
+    def _check_heads(
+        self, where: Path, names: Sequence[str], parts: Sequence[Tensor | EightBit]
+    ) -> None:
+        heads, shapes = self.config.values["num_attention_heads"], [list(p.shape) for p in parts]
+        if shapes.count(shapes[0]) < len(shapes) or not shapes[0] or shapes[0][0] % heads:
+            raise CheckpointError(
+                f"{where}: {_in_short(names)} are {listed(map(str, shapes), 'and')}, which are not "
+                f"the same rows of {heads} heads."
+            )
 
     def _sort(self) -> dict[int, Names]:
         """For each layer's index the names of its tensors, here (as ever) -> in the folder."""
@@ -133,35 +188,22 @@ class TransformersFiles:
         rows = self.config.vocab_size
         for index in {0, self.config.values["num_layers"] + 4} & self._layers.keys():
             for shard in self.shards(index):
-                for name, tensor in shard.tensors.items():
-                    if tensor.shape[:1] != (rows,):
+                for name in shard.tensors:
+                    shape = shard.described(name).shape
+                    if shape[:1] != (rows,):
                         raise CheckpointError(
-                            f"{shard.where}: {shard.names[name]} is {list(tensor.shape)}, but "
+                            f"{shard.where}: {shard.names[name]} is {list(shape)}, but "
                             f"vocab_size in {self._folder / hf.CONFIG} is {rows}."
                         )
 
 
-class _Joined(Mapping[str, Tensor]):
-    """`whole` tensors by our names; the others are made of their parts when they are asked for."""
+def _there(tensor: Tensor) -> Recipe:
+    """A view of a file."""
+    return Recipe.like(tensor, lambda: tensor)
 
-    def __init__(
-        self, whole: Mapping[str, Tensor], split: Mapping[str, Sequence[Tensor]], heads: int
-    ) -> None:
-        self._whole, self._split, self._heads = whole, split, heads
 
-    def __getitem__(self, name: str) -> Tensor:
-        if name in self._split:
-            return interleave(self._heads, self._split[name])
-        return self._whole[name]
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._whole
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._whole)
-
-    def __len__(self) -> int:
-        return len(self._whole)
+def _share_table(parts: Sequence[EightBit]) -> bool:
+    return all(torch.equal(part.table, parts[0].table) for part in parts[1:])
 
 
 def _in_short(names: Sequence[str]) -> str:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from neox.checkpoint.lazy import LazyTensors, Recipe
 from neox.checkpoint.neox import Checkpoint
 from neox.checkpoint.peft.adapters import Adapters, check_copy, find_adapter, half
 from neox.checkpoint.peft.reading import read_adapters
@@ -68,18 +70,20 @@ class _Merged:
         return self._base.files(index)
 
     def shards(self, index: int) -> list[Shard]:
-        layout = self._layouts.get(index, {})
-        return [
-            replace(
-                shard,
-                tensors=_Tensors(shard.tensors, self._adapters, index, layout, rank, self.tp),
-            )
-            for rank, shard in enumerate(self._base.shards(index))
-        ]
+        layout, found = self._layouts.get(index, {}), []
+        for rank, shard in enumerate(self._base.shards(index)):
+            merged = _Merging(shard.tensors, self._adapters, index, layout, rank, self.tp)
+            recipes = {
+                name: Recipe.like(shard.described(name), partial(merged.make, name))
+                for name in shard.tensors
+            }
+            # The stored codes are those of the weights without the adapters.
+            found.append(replace(shard, tensors=LazyTensors(recipes), eight_bit={}))
+        return found
 
 
 @dataclass(frozen=True)
-class _Tensors(Mapping[str, Tensor]):
+class _Merging:
     """One shard of a layer, computed as it is read."""
 
     stored: Mapping[str, Tensor]
@@ -89,7 +93,7 @@ class _Tensors(Mapping[str, Tensor]):
     rank: int
     tp: int
 
-    def __getitem__(self, name: str) -> Tensor:
+    def make(self, name: str) -> Tensor:
         stored = self.stored[name]
         if (self.index, name) in self.adapters.tensors:
             whole = cast(self.adapters.tensors[self.index, name], stored.dtype)
@@ -104,12 +108,6 @@ class _Tensors(Mapping[str, Tensor]):
             for key in (half(matrix, "A"), half(matrix, "B"))
         )
         return cast(torch.addmm(stored.float(), up, down, alpha=spec.scaling), stored.dtype)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.stored)
-
-    def __len__(self) -> int:
-        return len(self.stored)
 
     def _own(self, whole: Tensor, layout: ParamLayout, stored: Tensor) -> Tensor:
         """What goes with this shard."""
