@@ -188,12 +188,12 @@ class Checkpoint:
         manifest = read_manifest(folder)
         if manifest is not None:
             manifest.check_sizes("layer_*")
+        if manifest is not None and ADAPTERS in manifest.files:
+            return cls(folder, AdapterFiles(folder, manifest.grid["tp"]), manifest)
         if has_layer_files(folder):
             return cls(folder, LayerFiles(folder), manifest)
         if has_model_files(folder):
             return cls(folder, ModelFiles(folder), manifest)
-        if manifest is not None and ADAPTERS in manifest.files:
-            return cls(folder, AdapterFiles(folder, manifest.grid["tp"]), manifest)
         raise CheckpointError(
             f"{folder} holds no layer files (layer_XX-model_YY-model_states.pt) and no weights in "
             "mp_rank_XX_model_states.pt."

@@ -57,9 +57,9 @@ def find_start(config: NeoXConfig, groups: ProcessGroups) -> Start:
         return Start()
     weights_only = config.finetune or config.no_load_optim
     if config.iteration is None and not config.finetune:
-        checkpoint = _newest_whole(config, weights_only, groups)
+        checkpoint = _newest_whole(config, directory, weights_only, groups)
     else:
-        checkpoint = _whole(config, weights_only, groups)
+        checkpoint = _whole(config, directory, weights_only, groups)
     check_architecture(config, checkpoint, finetune=config.finetune)
     if config.finetune:
         log.info(f"finetune: weights of {checkpoint.folder}, fresh optimizer, iteration 0")
@@ -79,12 +79,12 @@ def find_start(config: NeoXConfig, groups: ProcessGroups) -> Start:
 
 def _find_adapters(config: NeoXConfig, groups: ProcessGroups) -> Start:
     """The model in `load`, and with it the run's own newest adapters, or those in `adapter`."""
-    base = _whole(Path(config.load or ""), config.iteration, True, groups)
+    base = _whole(config, Path(config.load or ""), True, groups)
     check_architecture(config, base, finetune=True)
     log.info(f"lora: the weights of {base.folder} stay as they are")
     directory = Path(config.save) if config.save else None
     if directory is not None and _holds_checkpoints(directory):
-        own = _newest_whole(directory, config.no_load_optim, groups)
+        own = _newest_whole(config, directory, config.no_load_optim, groups)
         if not isinstance(own.source, AdapterFiles):
             raise CheckpointError(
                 f"save: {directory} holds the checkpoints of a run that trained whole models, and "
@@ -137,12 +137,13 @@ def _check_optimizer(config: NeoXConfig, folder: Path) -> None:
         )
 
 
-def _newest_whole(config: NeoXConfig, weights_only: bool, groups: ProcessGroups) -> Checkpoint:
+def _newest_whole(
+    config: NeoXConfig, directory: Path, weights_only: bool, groups: ProcessGroups
+) -> Checkpoint:
     """What `latest` names, or where that is damaged the newest older one that is not."""
-    directory = Path(config.load or "")
     candidates = groups.gather(_candidates(directory))[0]  # another run may be saving there
     if not candidates:
-        return _whole(config, weights_only, groups)
+        return _whole(config, directory, weights_only, groups)
     damaged = []
     for folder in candidates:
         problems = verify(folder, groups, weights_only=weights_only)
@@ -174,9 +175,11 @@ def _candidates(directory: Path) -> list[Path]:
     return found[found.index(named) :]
 
 
-def _whole(config: NeoXConfig, weights_only: bool, groups: ProcessGroups) -> Checkpoint:
+def _whole(
+    config: NeoXConfig, directory: Path, weights_only: bool, groups: ProcessGroups
+) -> Checkpoint:
     """The one that is asked for. Raises CheckpointError when it is damaged."""
-    folder = groups.gather(resolve(Path(config.load or ""), config.iteration))[0]
+    folder = groups.gather(resolve(directory, config.iteration))[0]
     with telling_another(folder, groups):
         checkpoint = Checkpoint.open(folder, config=config)
         problems = verify(folder, groups, weights_only=weights_only)
