@@ -177,6 +177,8 @@ def _explain(error: yaml.MarkedYAMLError, text: str) -> str:
         return "a tab stands where YAML wants spaces. Replace tabs with spaces."
     if "expected a single document" in problem or problem.startswith("but found another document"):
         return "a second document begins (---). A configuration file holds one."
+    if error.context == "while scanning an alias":
+        return 'a value that begins with * goes into quotes, such as "*.txt".'
     where = f" {error.context}" if error.context else ""
     if where and error.context_mark and mark and error.context_mark.line != mark.line:
         where += f", which starts on line {error.context_mark.line + 1}"

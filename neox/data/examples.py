@@ -5,9 +5,12 @@ Each becomes token ids and a label for every one of them, MASKED where nothing i
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple, Protocol
 
+from neox import log
 from neox.config.values import listed, show
 from neox.data.corpus import Record
 from neox.data.documents import MASKED
@@ -73,6 +76,18 @@ def kind_of(record: Record) -> tuple[str, ...]:
     )
 
 
+def _doubt(where: str, text: str) -> None:
+    """A warning where a text is an example in JSON."""
+    if not text.startswith("{"):
+        return
+    with suppress(ValueError, RecursionError, DataError):
+        kind_of(Record(where, json.loads(text)))
+        log.warning(
+            f"{where} is JSON, but learnt as a text, braces and all: if its keys are meant, call "
+            "the file .jsonl"
+        )
+
+
 def _quoted(keys: Any) -> str:
     return listed((show(key) for key in keys), "and") if keys else ""
 
@@ -95,6 +110,8 @@ class ExampleEncoder:
         DataError naming the record: it is none, or of another kind than the file's first one.
         """
         kind = kind_of(record)
+        if file not in self._first and isinstance(record.value, str):
+            _doubt(record.where, record.value)
         first, where = self._first.setdefault(file, (kind, record.where))
         if kind != first:
             raise DataError(

@@ -62,6 +62,13 @@ def test_keys_that_nothing_reads(capsys) -> None:
     assert 'split is "8,1,1", which does nothing' in capsys.readouterr().err
 
 
+def test_a_pattern_without_quotes(tmp_path: Path) -> None:
+    (tmp_path / "a.yml").write_text("seq_length: 8\nfinetune_data: *.txt\n")
+    said = r'a\.yml:2: a value that begins with \* goes into quotes, such as "\*\.txt"\.'
+    with pytest.raises(ConfigError, match=said):
+        load_config([tmp_path / "a.yml"])
+
+
 def test_training_needs_either() -> None:
     values = {
         "num_layers": 1, "hidden_size": 8, "num_attention_heads": 1, "seq_length": 8,

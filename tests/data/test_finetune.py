@@ -81,6 +81,19 @@ def test_a_line_is_an_example(capsys) -> None:
     assert config.origin("train_data_paths") == "derived"
 
 
+def test_json_that_is_called_text_is_doubted(capsys) -> None:
+    line = '{"prompt": "a", "completion": "b"}'
+    write("a.txt", f"{line}\n" * 2)
+    write("b.txt", '{"other": 1}\n{"text": \n')
+    (text, _), *_ = datasets(settle("?.txt", seq_length=64))
+    assert text == line.encode() + b"."
+    said = [row for row in capsys.readouterr().err.splitlines() if "JSON" in row]
+    assert said == [
+        "warning: a.txt:1 is JSON, but learnt as a text, braces and all: if its keys are meant, "
+        "call the file .jsonl"
+    ]
+
+
 def test_a_file_is_an_example(capsys) -> None:
     for name, text in (("b.md", "one\n\ntwo\n"), ("a.md", "three"), ("c.md", " \n")):
         write(name, text)
@@ -425,3 +438,31 @@ def test_validation_reads_its_own_files_once(capsys) -> None:
 def test_without_the_key_nothing_happens() -> None:
     config = training_config(Path())
     assert tokenize_examples(config, SINGLE, build_tokenizer(config)) is config
+
+
+class TwoMachines(Replica):
+    """This one, and another whose files are others."""
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value, "of other files"]
+
+
+def test_machines_with_other_files_are_found_out() -> None:
+    write("a.txt", "one\ntwo\n")
+    with pytest.raises(DataError, match=r"^finetune_data: the files are not the same on all"):
+        settle("a.txt", TwoMachines.of(0, 1))
+
+
+class Second(Replica):
+    """The first rank of another machine; rank 0 does not answer here."""
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value]
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_machine_that_does_not_see_the_files_makes_its_own(shared: bool, monkeypatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    write("a.txt", "one\ntwo\n")
+    config = settle("a.txt", Second.of(1, 2), world_size=2, use_shared_fs=shared)
+    assert [text for text, _ in datasets(config)] == [b"one.", b"two."]
