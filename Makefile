@@ -7,6 +7,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
+WORKERS ?= 2
 
 help:  ## list these commands
 	@sed -nE 's/^([a-z]+):[^#]*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -36,11 +37,12 @@ $(INSTALLED): requirements/requirements.txt requirements/requirements-dev.txt re
 demo: install  ## tokenize, train on four processes, generate, evaluate, plot: everything in demo/
 	@$(BIN)/python tools/demo.py
 
+# WORKERS tests at a time: each worker has torch and all, twice; most tests use one core, some four.
 test: install  ## style, types and every test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest
+	$(BIN)/pytest -n $(WORKERS) --dist worksteal
 
 bench: install  ## the benchmarks in their quick form
 	@for benchmark in $(filter-out %/contestants.py,$(wildcard benchmarks/*.py)); do \
