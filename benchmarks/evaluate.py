@@ -1,10 +1,10 @@
 """Documents per second against lm-eval's own HF backend: the same weights, tokens and documents.
 
 Ours is the adapter behind evaluate.py, the peer lm-eval's HFLM over GPTNeoXForCausalLM with the
-same random weights. Each has a process of its own; they take turns on the same documents, so that
-what else the machine does falls on both; lambada_over_lm_eval_hf and piqa_over_lm_eval_hf are
-medians over the rounds of one turn against the other. A turn is lm-eval's `loglikelihood`:
-tokenization, forward passes, scores. Both must give the same scores.
+same random weights. They take turns on the same documents (benchmarks/contestants.py);
+lambada_over_lm_eval_hf and piqa_over_lm_eval_hf are medians over the rounds of one turn against the
+other. A turn is lm-eval's `loglikelihood`: tokenization, forward passes, scores. Both must give the
+same scores.
 
     python benchmarks/evaluate.py [--quick] [--json FILE] [--data DIR] [--tokenizer FILE]
 
@@ -18,22 +18,20 @@ import argparse
 import contextlib
 import io
 import json
-import multiprocessing
-import os
 import random
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.contestants import THREADS, Contestants, Turn  # noqa: E402
 from neox import log  # noqa: E402
 from neox.atomic import write_text  # noqa: E402
 
@@ -45,7 +43,6 @@ if TYPE_CHECKING:
     from neox.inference.stages import InferenceModel
     from neox.model.gpt import Layer
 
-THREADS = 2
 BATCH_SIZE = 8
 SEQUENCE = 2048
 DEMO = ROOT / "configs" / "demo_eval"
@@ -151,25 +148,23 @@ def ours(config: NeoXConfig, shape: Shape, tokenizer_file: Path) -> Contestant:
     return score
 
 
-def work(
-    build: Callable[..., Contestant], shape: Shape, data: Path, tokenizer: Path, orders: Connection
-) -> None:
-    """A contestant's process: it answers (task, numbers of documents) with (seconds, scores)."""
-    log.quiet_third_parties()
-    import torch
+def turns(build: Callable[..., Contestant], shape: Shape, data: Path, tokenizer: Path) -> Turn:
+    """A contestant that is asked for (task, round) and answers (number of documents, scores).
 
-    torch.set_num_threads(THREADS)
+    A round's documents are drawn from the task's, the same by every contestant.
+    """
     config = configuration(shape, data)
     with contextlib.redirect_stdout(io.StringIO()):
         documents = requests_by_document(config)
     contestant = build(config, shape, tokenizer)
-    orders.send({name: len(found) for name, found in documents.items()})
-    while order := orders.recv():
-        name, numbers = order
-        requests = [instance for number in numbers for instance in documents[name][number]]
-        started = time.perf_counter()
-        scores = contestant(requests)
-        orders.send((time.perf_counter() - started, scores))
+
+    def turn(order: tuple[str, int]) -> tuple[int, Scores]:
+        task, number = order
+        known = documents[task]
+        drawn = random.Random(number).sample(known, min(shape.documents, len(known)))
+        return len(drawn), contestant([instance for requests in drawn for instance in requests])
+
+    return turn
 
 
 def our_model(config: NeoXConfig, shape: Shape, weights: dict[str, Any]) -> InferenceModel:
@@ -235,44 +230,22 @@ def train_tokenizer(folder: Path) -> Path:
     return path
 
 
-def start(shape: Shape, data: Path, tokenizer: Path) -> dict[str, Connection]:
-    """A process for each contestant, so that neither has the other's settings or memory."""
-    context = multiprocessing.get_context("spawn")
-    orders = {}
-    for name, build in {"ours": ours, "lm-eval hf": theirs}.items():
-        orders[name], end = context.Pipe()
-        arguments = (build, shape, data, tokenizer, end)
-        context.Process(target=work, args=arguments, daemon=True).start()
-        end.close()
-    return orders
-
-
-def answer(orders: dict[str, Connection], name: str) -> Any:
-    try:
-        return orders[name].recv()
-    except EOFError:
-        sys.exit(f"{name} failed; its error is above")
-
-
 def compete(
-    shape: Shape, orders: dict[str, Connection], task: str, documents: int
+    shape: Shape, contestants: Contestants, task: str
 ) -> tuple[dict[str, list[float]], float]:
     """Documents/s of every round by contestant, and the largest relative difference of scores."""
-    speeds: dict[str, list[float]] = {name: [] for name in orders}
+    speeds: dict[str, list[float]] = {name: [] for name in contestants.names}
     difference = 0.0
-    chosen = random.Random(1234)
     bar = log.progress(total=shape.rounds, desc=task, unit=" rounds")
-    for i in range(-1, shape.rounds):  # round -1 warms up
-        turn = chosen.sample(range(documents), min(shape.documents, documents))
-        scores: dict[str, Scores] = {}
-        for name in list(orders) if i % 2 else reversed(orders):
-            orders[name].send((task, turn))
-            seconds, scores[name] = answer(orders, name)
-            if i >= 0:
-                speeds[name].append(len(turn) / seconds)
-        for (a, _), (b, _) in zip(*scores.values(), strict=True):
+    for i in range(shape.rounds + 1):  # round 0 warms up
+        turns = contestants.round(i, (task, i))
+        for name, (seconds, (documents, _)) in turns.items():
+            if i > 0:
+                speeds[name].append(documents / seconds)
+        scores = [answer[1] for _, answer in turns.values()]
+        for (a, _), (b, _) in zip(*scores, strict=True):
             difference = max(difference, abs(a - b) / abs(b))
-        bar.update(i >= 0)
+        bar.update(i > 0)
     bar.close()
     return speeds, difference
 
@@ -285,21 +258,23 @@ def main() -> None:
     parser.add_argument("--tokenizer", type=Path, metavar="FILE")
     arguments = parser.parse_args()
     shape = QUICK if arguments.quick else FULL
-    os.environ["OMP_NUM_THREADS"] = str(THREADS)
 
     with tempfile.TemporaryDirectory() as folder:
-        tokenizer_file = arguments.tokenizer or train_tokenizer(Path(folder))
-        orders = start(shape, arguments.data, tokenizer_file)
-        documents = {name: answer(orders, name) for name in orders}["ours"]
+        tokenizer = arguments.tokenizer or train_tokenizer(Path(folder))
+        given = (shape, arguments.data, tokenizer)
+        contestants = Contestants(
+            {"ours": partial(turns, ours, *given), "lm-eval hf": partial(turns, theirs, *given)}
+        )
 
     print(
         f"{shape.name}: fp32, {THREADS} threads, theirs at batch size {BATCH_SIZE}; medians of "
         f"{shape.rounds} rounds of {shape.documents} documents"
     )
-    print(f"{'documents/s':16}" + "".join(f"{name:>12}" for name in orders) + f"{'ratio':>9}")
+    columns = "".join(f"{name:>12}" for name in contestants.names)
+    print(f"{'documents/s':16}{columns}{'ratio':>9}")
     figures = {}
     for task, figure in FIGURES.items():
-        speeds, difference = compete(shape, orders, task, documents[task])
+        speeds, difference = compete(shape, contestants, task)
         ratios = [a / b for a, b in zip(*speeds.values(), strict=True)]
         figures[figure] = statistics.median(ratios)
         print(
@@ -308,10 +283,7 @@ def main() -> None:
             + f"{figures[figure]:9.3f}   ({min(ratios):.2f} to {max(ratios):.2f}; "
             f"scores agree to {difference:.0e})"
         )
-    for connection in orders.values():
-        connection.send(None)
-    for process in multiprocessing.active_children():
-        process.join()
+    contestants.end()
     if arguments.json:
         write_text(arguments.json, json.dumps(figures) + "\n")
 

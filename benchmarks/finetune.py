@@ -116,9 +116,7 @@ def engine_step(folder: Path, sequence: int) -> tuple[Callable[[], float], Any]:
             "train_iters": 1000,
         }
     )
-    engine = build_engine(
-        config, ProcessGroups.single(), checkpoint.padded_vocab_size, checkpoint
-    )
+    engine = build_engine(config, ProcessGroups.single(), checkpoint.padded_vocab_size, checkpoint)
     tokens = random_tokens(checkpoint.padded_vocab_size, sequence)
     labels = tokens.roll(-1, dims=1)
     batches = itertools.repeat(Batch(tokens, labels, torch.ones(labels.shape)))
@@ -240,7 +238,9 @@ def by_component(folder: Path, sequence: int) -> dict[str, float]:
     parts["activations and workspace"] = peak() - sum(parts.values())
     for name, held in parts.items():
         print(f"{name:28}{held / 2**30:8.2f} GiB")
-    print(f"{'peak':28}{peak() / 2**30:8.2f} GiB, {after_loading / 2**30:.2f} of them while loading")
+    print(
+        f"{'peak':28}{peak() / 2**30:8.2f} GiB, {after_loading / 2**30:.2f} of them while loading"
+    )
     print(f"loading {loading:.0f} s, a step of {sequence} tokens {seconds:.1f} s, loss {loss:.3f}")
     figures = {f"{name.replace(' ', '_')}_gib": held / 2**30 for name, held in parts.items()}
     return {**figures, "peak_gib": peak() / 2**30, "loading_peak_gib": after_loading / 2**30}

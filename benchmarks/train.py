@@ -2,12 +2,11 @@
 
 Ours is the engine that `./deepy.py train.py` uses; the peer is GPTNeoXForCausalLM (eager, SDPA)
 with fused torch AdamW and clipping. A third contestant does the step's matrix products and nothing
-else, as torch.mm does them, a fourth those of linear layers as neox.parallel.layers.linear. Each
-lives in a process of its own, so that peak memory is its own; they take turns, one timed turn each
-per round, so that what else the machine does falls on all. tokens_per_s_over_transformers is the
-median over the rounds of one turn against the other, share_of_matmul_rate that of the third's time
-against our step's, share_of_onednn_rate that of the fourth's, peak_memory_over_transformers the
-ratio of two processes' peak resident memory.
+else, as torch.mm does them, a fourth those of linear layers as neox.parallel.layers.linear. They
+take turns (benchmarks/contestants.py). tokens_per_s_over_transformers is the median over the rounds
+of one turn against the other, share_of_matmul_rate that of the third's time against our step's,
+share_of_onednn_rate that of the fourth's, peak_memory_over_transformers the ratio of two processes'
+peak resident memory.
 
     python benchmarks/train.py [--quick] [--json FILE]
     python benchmarks/train.py --breakdown        # where the time of our step goes
@@ -18,17 +17,14 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import multiprocessing
 import os
-import resource
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,10 +32,10 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.contestants import THREADS, Contestants, Turn  # noqa: E402
 from neox import log  # noqa: E402
 from neox.atomic import write_text  # noqa: E402
 
-THREADS = 2
 LEARNING_RATE, BETAS, EPSILON, WEIGHT_DECAY, CLIPPING = 1e-4, (0.9, 0.95), 1e-8, 0.1, 1.0
 
 
@@ -225,64 +221,29 @@ def random_tokens(shape: Shape) -> Tensor:
     return torch.randint(shape.vocab, (shape.batch, shape.sequence), generator=generator)
 
 
-def work(build: Callable[[Shape], Step], shape: Shape, orders: Connection) -> None:
-    """A contestant's process: builds its model, then answers each order.
-
-    True: one turn, answered with (seconds, last loss). False: the end, answered with the peak
-    resident memory in bytes.
-    """
-    import torch
-
-    log.quiet_third_parties()
-    if not torch.cuda.is_available():
-        os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed would look for others, and say so
-    torch.set_num_threads(THREADS)
+def turns(build: Callable[[Shape], Step], shape: Shape) -> Turn:
+    """A contestant that is asked for so many steps and answers the last one's loss."""
     step = build(shape)
     step()  # optimizer state and buffers come with the first step
-    orders.send("ready")
-    while orders.recv():
-        started = time.perf_counter()
-        for _ in range(shape.steps):
-            loss = step()
-        orders.send((time.perf_counter() - started, loss))
-    unit = 1 if sys.platform == "darwin" else 1024
-    orders.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+    return lambda steps: [step() for _ in range(steps)][-1]
 
 
-def compete(shape: Shape) -> tuple[dict[str, list[float]], dict[str, float], dict[str, float]]:
+def compete(shape: Shape) -> tuple[dict[str, list[float]], dict[str, float], dict[str, int]]:
     """For each contestant: tokens/s of every round, the last loss, peak memory in bytes."""
-    context = multiprocessing.get_context("spawn")
-    contestants = {"ours": ours, "transformers": transformers, "products": products}
-    contestants["fast products"] = fast_products
-    orders: dict[str, Connection] = {}
-    for name, build in contestants.items():
-        orders[name], theirs = context.Pipe()
-        context.Process(target=work, args=(build, shape, theirs), daemon=True).start()
-        theirs.close()
-
-    def answer(name: str) -> Any:
-        try:
-            return orders[name].recv()
-        except EOFError:
-            sys.exit(f"{name} failed; its error is above")
-
-    for name in contestants:
-        answer(name)
-    speeds: dict[str, list[float]] = {name: [] for name in contestants}
-    losses = dict.fromkeys(contestants, math.nan)
+    builds = {"ours": ours, "transformers": transformers, "products": products}
+    builds["fast products"] = fast_products
+    contestants = Contestants(
+        {name: partial(turns, build, shape) for name, build in builds.items()}
+    )
+    speeds: dict[str, list[float]] = {name: [] for name in builds}
+    losses = dict.fromkeys(builds, math.nan)
     bar = log.progress(total=shape.rounds, desc=shape.name, unit=" rounds")
     for i in range(shape.rounds):
-        for name in contestants if i % 2 else reversed(contestants):
-            orders[name].send(True)
-            seconds, losses[name] = answer(name)
+        for name, (seconds, losses[name]) in contestants.round(i, shape.steps).items():
             speeds[name].append(shape.tokens / seconds)
         bar.update(1)
     bar.close()
-    memory = {}
-    for name in contestants:
-        orders[name].send(False)
-        memory[name] = answer(name)
-    return speeds, losses, memory
+    return speeds, losses, contestants.end()
 
 
 # Operators of our step by what they are for; the first row whose word is in an operator's name.
@@ -325,7 +286,6 @@ def main() -> None:
     parser.add_argument("--breakdown", action="store_true", help="the parts of our step instead")
     arguments = parser.parse_args()
     shape = QUICK if arguments.quick else FULL
-    os.environ["OMP_NUM_THREADS"] = str(THREADS)
     if arguments.breakdown:
         break_down(shape)
         return

@@ -11,6 +11,9 @@ import pytest
 
 from tests.world import World
 
+# Several processes share the cores: ranks, and pytest's own workers. Before torch is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # A shell that starts us in the background has Ctrl-C ignored, also by all that we start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -25,3 +28,8 @@ def world() -> Iterator[World]:
     pool = World()
     yield pool
     pool.close()
+
+
+def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
+    """Bytes by their argument's name: an archive holds the time, and workers compare the names."""
+    return argname if isinstance(val, bytes) else None

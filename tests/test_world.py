@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import time
@@ -11,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from neox.errors import ConfigError
-from tests.world import RankError, World
+from tests.world import PRELOADED, RankError, World
 
 
 def total(rank: int, scale: float) -> torch.Tensor:
@@ -22,6 +23,10 @@ def total(rank: int, scale: float) -> torch.Tensor:
 
 def pid_and_size(rank: int) -> tuple[int, int, int]:
     return os.getpid(), dist.get_world_size(), torch.get_num_threads()
+
+
+def preloaded(rank: int) -> bool:
+    return PRELOADED in sys.modules and gc.get_freeze_count() > 100_000
 
 
 def refuse_on_rank_1(rank: int) -> None:
@@ -91,7 +96,12 @@ def test_ranks_of_one_call_are_not_those_of_another(world: World) -> None:
     assert len({pid for pid, _, _ in first + second}) == 4
 
 
+def test_a_rank_has_the_libraries_from_its_start(world: World) -> None:
+    assert world.run(1, preloaded) == [True]  # a failed import would only be slow
+
+
 def test_an_exception_comes_back_with_its_type_and_the_rank_and_traceback(world: World) -> None:
+    assert_whole(world)  # its libraries are loaded before the clock starts
     started = time.monotonic()
     with pytest.raises(ConfigError, match="num_layers is 3") as caught:
         world.run(2, refuse_on_rank_1)
@@ -116,6 +126,7 @@ def test_a_hung_rank_is_named_with_its_stack_and_ended(world: World) -> None:
 
 
 def test_a_failure_does_not_wait_for_ranks_that_hang_because_of_it(world: World) -> None:
+    assert_whole(world)  # its libraries are loaded before the clock starts
     started = time.monotonic()
     with pytest.raises(ValueError, match="first"):
         world.run(2, ignore_failure_of_rank_0)

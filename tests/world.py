@@ -1,8 +1,9 @@
 """Gloo ranks for tests: processes forked, for each call, from one that has the libraries loaded.
 
 Importing torch, DeepSpeed and megatron-core costs seconds per process, forking a process that has
-imported them some milliseconds. So no rank inherits what an earlier test left in libraries' module
-globals, in threads or in memory, and one that hangs, dies or raises costs its own test only.
+imported them (tests/preloaded.py) some milliseconds. So no rank inherits what an earlier test left
+in libraries' module globals, in threads or in memory, and one that hangs, dies or raises costs its
+own test only.
 """
 
 from __future__ import annotations
@@ -28,15 +29,7 @@ from typing import Any
 from unittest import mock
 
 GRACE_S = 0.5  # once one rank has failed, for another that died of it or before it
-LIBRARIES = [
-    "torch",
-    "torch.distributed",
-    "deepspeed",
-    "megatron.core.parallel_state",
-    "megatron.core.tensor_parallel",
-    "pytest",
-    "transformers",
-]
+PRELOADED = "tests.preloaded"
 
 
 class RankError(RuntimeError):
@@ -54,9 +47,11 @@ class World:
     """Runs a function on n ranks at once; see `run`."""
 
     def __init__(self, max_ranks: int = 4) -> None:
-        self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(LIBRARIES)
-        with mock.patch.dict(os.environ, DS_ACCELERATOR="cpu"):  # or DeepSpeed warns of a guess
+        self.context = multiprocessing.get_context("forkserver")
+        self.context.set_forkserver_preload([PRELOADED])
+        path = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+        # Without the first, DeepSpeed warns of a guess; the second leads to what is preloaded.
+        with mock.patch.dict(os.environ, DS_ACCELERATOR="cpu", PYTHONPATH=os.pathsep.join(path)):
             multiprocessing.forkserver.ensure_running()
         self._max_ranks = max_ranks
         self._folder = tempfile.TemporaryDirectory(prefix="neox-world-")
@@ -80,10 +75,10 @@ class World:
             self._end(ranks, with_stacks=False)
 
     def _start(self, rank: int, n: int, call: bytes, folder: Path, timeout: float) -> _Rank:
-        ours, theirs = self._context.Pipe()
+        ours, theirs = self.context.Pipe()
         stacks = folder / f"stacks{rank}"
         job = (list(sys.path), call, rank, n, str(folder / "store"), timeout)
-        process = self._context.Process(target=_serve, args=(theirs, str(stacks), job), daemon=True)
+        process = self.context.Process(target=_serve, args=(theirs, str(stacks), job), daemon=True)
         process.start()
         theirs.close()
         return _Rank(process, ours, stacks)

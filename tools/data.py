@@ -80,6 +80,7 @@ def run_show(options: argparse.Namespace) -> int:
     from neox.data.loaders import build_loaders, settle_iterations
     from neox.parallel.groups import ProcessGroups
     from neox.tokenizer import build_tokenizer
+    from neox.train.examples import tokenize_examples
 
     overrides = {key: Override(value, "--set") for key, value in map(parse_set, options.set)}
     config = load_config(
@@ -91,6 +92,7 @@ def run_show(options: argparse.Namespace) -> int:
     )
     tokenizer = build_tokenizer(config)
     alone = ProcessGroups.single()
+    config = tokenize_examples(config, alone, tokenizer)
     config = settle_iterations(config, alone, vocab_size=tokenizer.vocab_size)
     check_choice("--step", options.step, 1, config.train_iters)
     # One replica alone reads what several do, one after the other: see `places`.
@@ -142,10 +144,14 @@ def places(
 
 def show_row(loader: Loader, number: int, row: int, tokenizer: Tokenizer) -> None:
     """Print a sample: whence it comes, then its tokens in runs that count as labels or do not."""
+    from neox.data.finetune import place_of
+
     batch = loader.read(number)
     origins = loader.origins(number)[row]
     for part in origins:
-        print(f"  {part.prefix}, document {part.document}, tokens {part.start} to {part.stop}")
+        place = place_of(part.prefix, part.document)
+        source = place or f"{part.prefix}, document {part.document}"
+        print(f"  {source}, tokens {part.start} to {part.stop}")
     tokens, labels, mask = (tensor[row].tolist() for tensor in batch)
     filled = sum(part.stop - part.start for part in origins)
     # The first token is nobody's label; the last label is no input.

@@ -34,6 +34,18 @@ class DataConfig:
         1.0, "Exponent of those weights: 1 follows the documents, 0 draws from all alike.", low=0
     )
 
+    finetune_data: str | list[str] | None = key(
+        None,
+        "Instead of data_path: files of examples to train on (text or JSON Lines), folders of "
+        "them, or patterns such as texts/*.txt.",
+    )
+    finetune_valid_data: str | list[str] | None = key(
+        None, "The same to validate on, beside finetune_data."
+    )
+    finetune_text_per: Literal["line", "file"] = key(
+        "line", "What is one example in files of text: each line, or all of a file."
+    )
+
     data_impl: Literal["infer", "mmap", "cached"] = key(
         "infer",
         "How files are read: memory-mapped.",
@@ -42,7 +54,8 @@ class DataConfig:
     pack_impl: Literal["packed", "pack_until_overflow", "unpacked"] = key(
         "packed",
         "How documents fill samples: as one stream, cut every seq_length tokens; as many whole "
-        "documents as fit, padded; or one document each, padded.",
+        "documents as fit, padded; or one document each, padded, as with finetune_data by "
+        "default.",
     )
     dataset_impl: Literal["gpt2", "pairwise", "online"] = key(
         "gpt2",

@@ -107,6 +107,12 @@ def _check_betas(draft: Draft, betas: list[float] | None) -> None:
         )
 
 
+def settle_packing(draft: Draft) -> None:
+    """An example of finetune_data is a sample of its own, unless another pack_impl is given."""
+    if draft.values.get("finetune_data") and "pack_impl" not in draft.values:
+        draft.settle("pack_impl", "unpacked")
+
+
 def settle_prompts(draft: Draft) -> None:
     """Prompts come from a file when one is given on the command line, or nothing else is said."""
     if draft.values.get("sample_input_file") is None:

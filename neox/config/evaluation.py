@@ -31,7 +31,9 @@ class EvaluationConfig:
         False, "Put every prompt into the chat template of chat_template_path."
     )
     chat_template_path: str | None = key(
-        None, "Folder of a transformers tokenizer with a chat template; vocab_file's by default."
+        None,
+        "Folder of a transformers tokenizer with a chat template, for apply_chat_template and for "
+        "conversations in finetune_data; vocab_file's by default.",
     )
     system_instruction: str | None = key(None, "What a task's prompts begin with.")
     fewshot_as_multiturn: bool = key(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import glob
 from pathlib import Path
 
 from neox.config.checks import Findings
@@ -38,6 +39,10 @@ def _for_training(config: NeoXConfig) -> Findings:
         for key in (f"{split}_data_paths", f"{split}_label_data_paths"):
             for path in dict.fromkeys(_read(config, split, getattr(config, key) or [])):
                 yield from _dataset(key, f"{key} holds {show(path)}", path)
+    for key in ("finetune_data", "finetune_valid_data"):
+        yield from _examples(key, getattr(config, key) or [])
+    if config.finetune_data and config.chat_template_path is not None:
+        yield from _folder("chat_template_path", config.chat_template_path, must_exist=True)
     for key in ("save", "log_dir", "tensorboard_dir"):
         yield from _folder(key, getattr(config, key))
     if config.eval_tasks:
@@ -99,6 +104,17 @@ def _folder(key: str, value: str | None, *, must_exist: bool = False) -> Finding
         yield key, f"{key} is {show(value)}, but that is a file. Name a folder."
     elif must_exist and not path.exists():
         yield key, f"{key} is {show(value)}, but there is no such folder.{_near(path)}"
+
+
+def _examples(key: str, named: str | list[str]) -> Findings:
+    for name in [named] if isinstance(named, str) else named:
+        path = Path(name)
+        if path.exists():
+            continue
+        if not glob.has_magic(name):
+            yield key, f"{key} names {show(name)}, but there is no such file.{_near(path)}"
+        elif not glob.glob(name, recursive=True):
+            yield key, f"{key} names {show(name)}, but no file's name is like that."
 
 
 def _dataset(key: str, opening: str, prefix: str) -> Findings:

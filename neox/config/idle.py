@@ -75,10 +75,14 @@ _IDLE: dict[str, tuple[Callable[[NeoXConfig], bool], str]] = {
     ),
     "include_path": (lambda c: c.eval_tasks is None, "only eval_tasks names its tasks"),
     "chat_template_path": (
-        lambda c: not c.apply_chat_template,
-        "only apply_chat_template: true reads it",
+        lambda c: not c.apply_chat_template and not c.finetune_data,
+        "only apply_chat_template: true and finetune_data read it",
     ),
-    "split": (lambda c: bool(c.train_data_paths), "only data_path is split"),
+    "split": (
+        lambda c: bool(c.train_data_paths or c.finetune_data),
+        "only data_path is split",
+    ),
+    "finetune_text_per": (lambda c: not c.finetune_data, "only finetune_data reads it"),
 }
 
 

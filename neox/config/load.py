@@ -7,11 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from neox.config import agreement, frozen_checks, needs, optimizer_checks, source
+from neox.config import agreement, data_checks, frozen_checks, needs, optimizer_checks, source
 from neox.config.accept import accept_all, hoist_extra_args, report_missing
 from neox.config.adopt import adopt_folder
 from neox.config.config import NeoXConfig
-from neox.config.derive import settle_optimizer, settle_precision, settle_prompts, settle_sizes
+from neox.config.derive import (
+    settle_optimizer,
+    settle_packing,
+    settle_precision,
+    settle_prompts,
+    settle_sizes,
+)
 from neox.config.draft import Draft, Problem
 from neox.config.fields import keys_of
 from neox.config.files import check_files as find_missing_files
@@ -156,6 +162,7 @@ def _settle(draft: Draft, purpose: Purpose | None, world_size: WorldSize) -> Neo
     report_missing(draft)
     settle_precision(draft)
     settle_optimizer(draft)
+    settle_packing(draft)
     settle_prompts(draft)
     config = _build(draft)
     if callable(world_size):
@@ -169,13 +176,8 @@ def _settle(draft: Draft, purpose: Purpose | None, world_size: WorldSize) -> Neo
         config = _build(draft)
     settle_sizes(draft, config, world_size, strict=purpose == "train")
     config = _build(draft)
-    for checks in (
-        agreement.CHECKS,
-        optimizer_checks.CHECKS,
-        frozen_checks.CHECKS,
-        needs.CHECKS,
-    ):
-        for key, message in list(checks.run(config, purpose, draft.bad)):
+    for checks in (agreement, data_checks, optimizer_checks, frozen_checks, needs):
+        for key, message in list(checks.CHECKS.run(config, purpose, draft.bad)):
             draft.problem(key, message)
     for key, message in idle_keys(config):
         draft.warn(key, message)

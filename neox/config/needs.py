@@ -24,13 +24,13 @@ def _tokenizer_has_files(config: NeoXConfig) -> Findings:
             yield name, f"{name} is missing: tokenizer_type {config.tokenizer_type} needs {what}."
 
 
-@CHECKS.reading("data_path", "train_data_paths", purposes=("train",))
+@CHECKS.reading("data_path", "train_data_paths", "finetune_data", purposes=("train",))
 def _training_has_data(config: NeoXConfig) -> Findings:
-    if config.data_path is None and not config.train_data_paths:
+    if config.data_path is None and not config.train_data_paths and not config.finetune_data:
         yield (
             "data_path",
             "data_path is missing. Name a tokenized dataset: the path of its .bin and .idx files "
-            "without the ending.",
+            "without the ending. Or name texts as they are with finetune_data.",
         )
 
 

@@ -9,7 +9,7 @@ import tempfile
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from neox.errors import DataError
 from neox.parallel.groups import ProcessGroups
 
 Arrays = tuple[np.ndarray, ...]
+Found = TypeVar("Found")
 _CHUNK = 1 << 22
 
 
@@ -41,22 +42,44 @@ def cached_arrays(
     text = json.dumps(key, sort_keys=True)
     digest = hashlib.blake2b(text.encode(), digest_size=10).hexdigest()
     stem = f"{Path(prefix).name}-{digest}"
-    folders = _folders(prefix, config)
-    # Rank 0 builds, then each machine that does not see its files; at once on all of them when
-    # nothing is shared. Files are replaced whole, so building one twice costs only time.
+    folders = cache_folders(Path(prefix).parent, "index_cache", config)
+
+    def find() -> Path | None:
+        return _find(folders, stem, names, text)
+
+    def write() -> None:
+        _write(folders, stem, names, text, build())
+
+    folder = built_once(find, write, f"{stem} in none of {_listed(folders)}", config, groups)
+    return tuple(_map(folder / f"{stem}-{name}.npy") for name in names)
+
+
+def built_once(
+    find: Callable[[], Found | None],
+    build: Callable[[], None],
+    what: str,
+    config: NeoXConfig,
+    groups: ProcessGroups,
+) -> Found:
+    """What `find` finds, after `build` where it was not there. Collective over the world.
+
+    Rank 0 builds, then each machine that does not see its files; at once on all of them when
+    nothing is shared. Files are replaced whole, so building one twice costs only time. DataError:
+    a rank sees `what` ("THIS in none of THOSE") that another of its machine has built.
+    """
     first_here = is_first_of_machine()
     turns = [groups.rank == 0, first_here] if config.use_shared_fs else [first_here]
     for my_turn in turns:
-        if my_turn and _find(folders, stem, names, text) is None:
-            _write(folders, stem, names, text, build())
+        if my_turn and find() is None:
+            build()
         groups.barrier()
-    folder = _find(folders, stem, names, text)
-    if folder is None:
+    found = find()
+    if found is None:
         raise DataError(
-            f"rank {groups.rank} sees {stem} in none of {', '.join(map(str, folders))}, where "
-            "another rank of this machine put it: the ranks need the same view of one of them"
+            f"rank {groups.rank} sees {what}, where another rank of this machine put it: the ranks "
+            "need the same view of one of them"
         )
-    return tuple(_map(folder / f"{stem}-{name}.npy") for name in names)
+    return found
 
 
 def is_first_of_machine() -> bool:
@@ -64,10 +87,15 @@ def is_first_of_machine() -> bool:
     return int(os.environ.get("LOCAL_RANK", "0")) == 0
 
 
-def _folders(prefix: str | Path, config: NeoXConfig) -> list[Path]:
-    parents = [Path(prefix).parent, *([Path(config.log_dir)] if config.log_dir else [])]
+def cache_folders(beside: Path, name: str, config: NeoXConfig) -> list[Path]:
+    """Where files made of those in the folder `beside` may be kept, in order of preference."""
+    parents = [beside, *([Path(config.log_dir)] if config.log_dir else [])]
     private = Path(tempfile.gettempdir()) / f"neox-{os.getuid()}"
-    return [parent / "index_cache" for parent in (*parents, private)]
+    return [parent / name for parent in (*parents, private)]
+
+
+def _listed(folders: Sequence[Path]) -> str:
+    return ", ".join(map(str, folders))
 
 
 def _find(folders: Sequence[Path], stem: str, names: Sequence[str], key: str) -> Path | None:
@@ -93,7 +121,7 @@ def _damage(about: Path, names: Sequence[str], key: str) -> str | None:
             file = about.with_name(f"{about.stem}-{name}.npy")
             if not file.is_file():
                 return f"{file} is missing"
-            if _checksum(file) != told["crc32"][name]:
+            if checksum(file) != told["crc32"][name]:
                 return f"{file} is damaged"
             _map(file)
     except OSError as error:
@@ -107,7 +135,7 @@ def _write(
     folders: Sequence[Path], stem: str, names: Sequence[str], key: str, arrays: Arrays
 ) -> None:
     for folder in folders:
-        if _is_read_only(folder.parent):
+        if is_read_only(folder.parent):
             continue
         checksums: dict[str, int] = {}
         try:
@@ -115,7 +143,7 @@ def _write(
                 file = folder / f"{stem}-{name}.npy"
                 with replacing(file) as stream:
                     np.save(stream, array, allow_pickle=False)
-                checksums[name] = _checksum(file)
+                checksums[name] = checksum(file)
             told = {"key": json.loads(key), "crc32": checksums}
             write_text(folder / f"{stem}.json", json.dumps(told, indent=1) + "\n")
             return
@@ -124,22 +152,23 @@ def _write(
                 (folder / f"{stem}-{name}.npy").unlink(missing_ok=True)
             log.info(f"cannot keep the sample order in {folder} ({error.strerror})")
     raise DataError(
-        f"the sample order could be written to none of {', '.join(map(str, folders))}; make one of "
+        f"the sample order could be written to none of {_listed(folders)}; make one of "
         "them writable, or set log_dir to a folder with space"
     )
 
 
-def _is_read_only(folder: Path) -> bool:
+def is_read_only(folder: Path) -> bool:
     """Whether nobody is meant to write there; root could all the same."""
     return folder.is_dir() and not folder.stat().st_mode & 0o222
 
 
-def _checksum(path: Path) -> int:
+def checksum(path: Path) -> int:
+    """CRC-32 of a file."""
     with open(path, "rb") as file:
-        checksum = 0
+        crc = 0
         while part := file.read(_CHUNK):
-            checksum = zlib.crc32(part, checksum)
-    return checksum
+            crc = zlib.crc32(part, crc)
+    return crc
 
 
 def _map(path: Path) -> np.ndarray:

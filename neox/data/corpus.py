@@ -64,27 +64,41 @@ class Record:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Consecutive documents as they stand in a file: lines of JSON, or texts."""
+    """Consecutive documents as they stand in a file: lines, of JSON or of text, or whole texts."""
 
     places: list[str] | None  # of each text; None for lines
     name: str  # of the file whose lines these are
     first_line: int  # counted from 1
     lines: list[bytes]
     bytes_read: int  # of all files on disk, compressed or not, up to here
+    is_json: bool = True  # what the lines are
 
     def records(self) -> Iterator[Record]:
         """Every document but blank lines. DataError naming file and line where one is not good."""
         if self.places is not None:
             for where, text in zip(self.places, self.lines, strict=True):
-                try:
-                    yield Record(where, text.decode("utf-8"))
-                except UnicodeDecodeError as error:
-                    raise DataError(f"{where} is not UTF-8 text ({error})") from None
+                yield Record(where, _decode(where, text))
             return
         for number, line in enumerate(self.lines, start=self.first_line):
             if line.strip():
                 where = f"{self.name}:{number}"
-                yield Record(where, _parse(where, line))
+                yield Record(where, _parse(where, line) if self.is_json else _text(where, line))
+
+    def blank(self) -> int:
+        """How many lines are blank, of which `records` gives none."""
+        return 0 if self.places is not None else sum(not line.strip() for line in self.lines)
+
+
+def _decode(where: str, text: bytes) -> str:
+    try:
+        return text.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where} is not UTF-8 text ({error})") from None
+
+
+def _text(where: str, line: bytes) -> str:
+    """A line without its end."""
+    return _decode(where, line.removesuffix(b"\n").removesuffix(b"\r"))
 
 
 def _parse(where: str, line: bytes) -> dict[str, Any] | str:
@@ -104,9 +118,10 @@ def _parse(where: str, line: bytes) -> dict[str, Any] | str:
     return value
 
 
-def find_files(inputs: Sequence[str | Path]) -> list[Path]:
+def find_files(inputs: Sequence[str | Path], *, any_name: bool = False) -> list[Path]:
     """The files to read: each input is a file, or a folder whose readable files come by name.
 
+    With `any_name` a file whose name tells nothing is taken for a text.
     DataError when an input does not exist, is of an unknown kind, or is a folder without any.
     """
     files: list[Path] = []
@@ -119,7 +134,7 @@ def find_files(inputs: Sequence[str | Path]) -> list[Path]:
         known = [
             file
             for file in found
-            if not file.is_dir() and contents_name(file.name).endswith(_CONTENTS)
+            if not file.is_dir() and (any_name or contents_name(file.name).endswith(_CONTENTS))
         ]
         if not known:
             where = "no file in" if path.is_dir() else "cannot read"
@@ -131,15 +146,19 @@ def find_files(inputs: Sequence[str | Path]) -> list[Path]:
     return files
 
 
-def read_chunks(files: Sequence[Path]) -> Iterator[Chunk]:
-    """The documents of all files, in order. DataError when one is damaged or cannot be read."""
-    return _Reader().read(files)
+def read_chunks(files: Sequence[Path], *, texts_by_line: bool = False) -> Iterator[Chunk]:
+    """The documents of all files, in order. DataError when one is damaged or cannot be read.
+
+    `texts_by_line`: each line of a text is a document, not all of it.
+    """
+    return _Reader(texts_by_line).read(files)
 
 
 class _Reader:
     """Gathers chunks of about the same size, whatever the files' sizes."""
 
-    def __init__(self) -> None:
+    def __init__(self, texts_by_line: bool) -> None:
+        self._texts_by_line = texts_by_line
         self._texts: list[bytes] = []
         self._places: list[str] = []
         self._size = 0
@@ -173,19 +192,22 @@ class _Reader:
         kind = contents_name(name)
         if kind.endswith(_JSON):
             yield from self._flush()
-            yield from self._lines(name, stream)
+            yield from self._lines(name, stream, is_json=True)
         elif kind.endswith(_LENGTHS_AND_TEXTS):
             for number, text in enumerate(_lengths_and_texts(stream), start=1):
                 yield from self._add(f"{name}, document {number}", text)
+        elif self._texts_by_line:
+            yield from self._flush()
+            yield from self._lines(name, stream, is_json=False)
         else:  # inside an archive, whatever is not JSON is a text, with or without an ending
             yield from self._add(name, stream.read())
 
-    def _lines(self, name: str, stream: IO[bytes]) -> Iterator[Chunk]:
+    def _lines(self, name: str, stream: IO[bytes], *, is_json: bool) -> Iterator[Chunk]:
         first_line = 1
         while lines := stream.readlines(_CHUNK_BYTES):
-            if first_line == 1 and _is_array(name, lines[0]):
+            if is_json and first_line == 1 and _is_array(name, lines[0]):
                 lines = _elements(name, b"".join([*lines, *stream]))
-            yield Chunk(None, name, first_line, lines, self._bytes())
+            yield Chunk(None, name, first_line, lines, self._bytes(), is_json)
             first_line += len(lines)
 
     def _add(self, place: str, text: bytes) -> Iterator[Chunk]:

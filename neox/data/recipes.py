@@ -212,7 +212,8 @@ class ChatRecipe:
             raise DataError(
                 f"the chat template writes the first {len(turns)} turns otherwise once turn "
                 f"{len(turns) + 1} follows (from token {end} of {len(alone)} on), so that nothing "
-                "tells which tokens are whose; --only-last asks less of it, --no-mask nothing"
+                "tells which tokens are whose. tools/preprocess_data_with_chat_template.py asks "
+                "less of it with --only-last, nothing with --no-mask"
             )
         return end
 
@@ -244,7 +245,7 @@ def _usable(record: Record, text: str, fix_text: bool) -> str:
     except UnicodeEncodeError as error:
         raise DataError(
             f"{record.where}: half a surrogate pair, which is no text ({error.reason}); "
-            "--ftfy replaces it"
+            "tools/preprocess_data.py replaces it with --ftfy"
         ) from None
     return text
 

@@ -19,6 +19,7 @@ from neox.model.layout import pad_vocab_size
 from neox.parallel.groups import ProcessGroups
 from neox.tokenizer import Tokenizer, build_tokenizer
 from neox.train.evaluations import Evaluations, Scores
+from neox.train.examples import tokenize_examples
 from neox.train.loop import train
 from neox.train.metrics import RunLog
 from neox.train.saved_schedule import settle_schedule
@@ -44,6 +45,7 @@ def main(config: NeoXConfig, groups: ProcessGroups) -> None:
 
 def _run(config: NeoXConfig, groups: ProcessGroups) -> None:
     tokenizer = build_tokenizer(config)
+    config = tokenize_examples(config, groups, tokenizer)
     config = settle_iterations(config, groups, vocab_size=tokenizer.vocab_size)
     scores = _task_scores(config, groups, tokenizer)
     if config.engine_zero_stage != config.zero_stage:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import subprocess
 import time
@@ -25,7 +24,7 @@ from neox.evaluation.chat import chat_template_of
 from neox.evaluation.tasks import load_tasks, local_data, seed_fewshot, silenced
 from neox.inference.stages import InferenceModel
 from neox.parallel.groups import ProcessGroups
-from neox.tokenizer import Tokenizer
+from neox.tokenizer import Tokenizer, tokenizer_digest
 
 if TYPE_CHECKING:
     from lm_eval.tasks.manager import TaskDict
@@ -34,7 +33,6 @@ if TYPE_CHECKING:
 
 BOOTSTRAP_ITERATIONS = 10_000  # for the standard error of metrics that have no formula for it
 LIBRARIES = ("lm-eval", "torch", "datasets", "tokenizers")
-_TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json")
 
 
 def evaluate(
@@ -158,7 +156,7 @@ def _conditions(config: NeoXConfig, tokenizer: Tokenizer, groups: ProcessGroups)
             "type": tokenizer.name,
             "vocab_file": config.vocab_file,
             "vocab_size": tokenizer.vocab_size,
-            "digest": _tokenizer_digest(config),
+            "digest": tokenizer_digest(config),
         },
         "grid": {"tp": groups.tp, "pp": groups.pp, "dp": groups.dp},
         "library_versions": {library: version(library) for library in LIBRARIES},
@@ -196,20 +194,6 @@ def _treatment(config: NeoXConfig, groups: ProcessGroups) -> dict[str, Any]:
         entries = {path.name: digest(path) for path in sorted(folder.glob("adapter_*"))}
         found["adapter"] = {name: entry.xxh128 for name, entry in entries.items()}
     return found
-
-
-def _tokenizer_digest(config: NeoXConfig) -> str:
-    """SHA-256 over the tokenizer's type and files; over the name of one that has no files here."""
-    hasher = hashlib.sha256(f"{config.tokenizer_type}\n".encode())
-    for value in (config.vocab_file, config.merge_file):
-        path = Path(value or "")
-        files = [path / name for name in _TOKENIZER_FILES] if path.is_dir() else [path]
-        there = [file for file in files if value and file.is_file()]
-        for file in there:
-            hasher.update(f"{file.name} {file.stat().st_size}\n".encode() + file.read_bytes())
-        if not there:
-            hasher.update(f"{value}\n".encode())
-    return hasher.hexdigest()
 
 
 def _git_hash() -> str | None:

@@ -6,14 +6,18 @@ Tokenizers that need Python code of their own are refused: nothing of the folder
 
 from __future__ import annotations
 
+import functools
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from neox.errors import DataError
+from neox.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from neox.config import NeoXConfig
 
 
 class ChatTemplate:
@@ -82,3 +86,58 @@ def load_chat_template(folder: str) -> ChatTemplate:
             "tokenizer_config.json. Tokenizers of base models have none; take that of a chat model."
         )
     return ChatTemplate(folder, tokenizer)
+
+
+# Reading a folder takes a moment, and a run asks more than once.
+_load = functools.cache(load_chat_template)
+
+
+_FILES = (
+    "chat_template.jinja",
+    "chat_template.json",
+    "special_tokens_map.json",
+    "tokenizer_config.json",
+)
+
+
+def template_digest(config: NeoXConfig) -> str:
+    """SHA-256 over the files that `find_chat_template` would take a template from."""
+    hasher = hashlib.sha256()
+    folder = _folder(config)
+    for file in [folder / name for name in _FILES] if folder is not None else []:
+        if file.is_file():
+            hasher.update(f"{file.name} {file.stat().st_size}\n".encode() + file.read_bytes())
+    return hasher.hexdigest()
+
+
+def _folder(config: NeoXConfig) -> Path | None:
+    """Where a template is looked for; None where there is nothing to look beside."""
+    if config.chat_template_path is not None:
+        return Path(config.chat_template_path)
+    path = Path(config.vocab_file or "")
+    if config.vocab_file is None or not path.exists():
+        return None
+    return path if path.is_dir() else path.parent
+
+
+def find_chat_template(config: NeoXConfig, wanted_because: str) -> ChatTemplate:
+    """That of chat_template_path, or else of vocab_file's folder. ConfigError when there is none.
+
+    `wanted_because` completes "... without chat_template_path, and there is no ...".
+    """
+    if config.chat_template_path is not None:
+        try:
+            return _load(config.chat_template_path)
+        except DataError as error:
+            raise ConfigError(f"chat_template_path: {error}") from error
+    reason = "there is no vocab_file to look beside"
+    folder = _folder(config)
+    if folder is not None:
+        try:
+            return _load(str(folder))
+        except DataError as error:
+            reason = str(error).rstrip(".")
+    raise ConfigError(
+        f"{wanted_because} without chat_template_path, and {reason}. Set chat_template_path to the "
+        "folder of a chat model's tokenizer"
+    )

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 END_OF_DOCUMENT = "<|endoftext|>"
 PADDING = "<|padding|>"
+_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json")  # in a folder
 
 
 class Tokenizer(Protocol):
@@ -50,6 +51,20 @@ class Tokenizer(Protocol):
 def build_tokenizer(config: NeoXConfig) -> Tokenizer:
     """The tokenizer of `tokenizer_type`, `vocab_file` and `merge_file`. DataError as below."""
     return load_tokenizer(config.tokenizer_type, config.vocab_file, config.merge_file)
+
+
+def tokenizer_digest(config: NeoXConfig) -> str:
+    """SHA-256 over the tokenizer's type and files; over the name of one that has no files here."""
+    hasher = hashlib.sha256(f"{config.tokenizer_type}\n".encode())
+    for value in (config.vocab_file, config.merge_file):
+        path = Path(value or "")
+        files = [path / name for name in _FILES] if path.is_dir() else [path]
+        there = [file for file in files if value and file.is_file()]
+        for file in there:
+            hasher.update(f"{file.name} {file.stat().st_size}\n".encode() + file.read_bytes())
+        if not there:
+            hasher.update(f"{value}\n".encode())
+    return hasher.hexdigest()
 
 
 def load_tokenizer(

@@ -55,7 +55,9 @@ def make(folder: Path, dtype: torch.dtype = torch.float32, **values: Any) -> Pat
 
     shard_size, kind = values.pop("max_shard_size", "1GB"), values.pop("model_type", "gpt_neox")
     config = AutoConfig.for_model(kind, **{"vocab_size": ROWS, **_SIZES[kind], **values})
-    model = AutoModelForCausalLM.from_config(config)
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        model = AutoModelForCausalLM.from_config(config)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():

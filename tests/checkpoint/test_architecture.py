@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from neox.checkpoint.architecture import check_architecture
+from neox.checkpoint.architecture import check_architecture, describe
+from neox.checkpoint.manifest import Manifest
 from neox.checkpoint.neox import Checkpoint
 from neox.checkpoint.sources import layer_file
 from neox.config import Override, load_config
-from neox.config.architecture import ARCHITECTURE
+from neox.config.architecture import ARCHITECTURE, architecture
 from neox.errors import CheckpointError, DamageError
 from neox.inference.load import load_model
 from neox.train.start import find_start
@@ -25,7 +26,7 @@ from tests.checkpoint.described import (
     refusal,
     write,
 )
-from tests.models import ARCHITECTURES, BASE
+from tests.models import ARCHITECTURES, BASE, VOCAB
 from tests.models import config_of as configuration
 
 
@@ -210,6 +211,20 @@ def test_heads_that_do_not_divide_the_stored_width_are_not_told_by_what_follows(
     add_buffers(checkpoint, torch.float32, 4, 10000)
     said = refusal(checkpoint, configuration(hidden_size=48, num_attention_heads=3))
     assert "hidden_size is 48" in said and "\n" not in said
+
+
+def test_a_manifest_from_before_a_key_means_its_default(tmp_path: Path) -> None:
+    checkpoint = write(tmp_path)
+    written = architecture(configuration())
+    for key in ("rotary_interleaved", "use_bias_in_final_linear"):
+        del written[key]
+    Manifest(checkpoint.folder, 5, {"tp": 1, "pp": 1, "dp": 1}, VOCAB, written, {}).write()
+    checkpoint = Checkpoint.open(checkpoint.folder)
+    check_architecture(configuration(), checkpoint)
+    assert describe(checkpoint) == architecture(configuration())
+    said = refusal(checkpoint, configuration(rotary_interleaved=True))
+    assert "rotary_interleaved is true, but the checkpoint's is false" in said
+    assert "manifest.json: not set, so the default" in said
 
 
 FINE_TUNED = {

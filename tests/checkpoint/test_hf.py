@@ -17,12 +17,15 @@ from torch.testing import assert_close
 from neox.checkpoint.neox import Checkpoint
 from neox.config import from_dict
 from neox.errors import CheckpointError, NeoXError
+from neox.inference.generate import generate
 from neox.inference.load import load_model
+from neox.inference.sampling import Sampling
 from neox.parallel.groups import ProcessGroups, initialize
 from neox.parallel.topology import Topology
 from tests.checkpoint.hf_folders import (
     CLOSE,
     INDEX,
+    ROWS,
     THEIRS,
     TOKENS,
     drop_tensor,
@@ -105,8 +108,8 @@ def test_gpt_j_as_its_hub_has_it(parts: int, tmp_path: Path) -> None:
     assert_close(load_here(folder), expected, **CLOSE)
     (shard,) = Checkpoint.open(folder).shards(3)
     assert shard.buffers.keys() == {"attn.bias", "attn.masked_bias"}
-    names = [f"{layer}.{letter}_proj.weight" for letter in "qkv"]
-    assert shard.names["attention.query_key_value.weight"] == ", ".join(names)
+    name = f"{layer}.{{q,k,v}}_proj.weight"
+    assert shard.names["attention.query_key_value.weight"] == name
 
 
 @pytest.mark.parametrize("parts", [1, 3])
@@ -137,6 +140,55 @@ def test_the_names_that_transformers_5_has_in_memory(tied: bool, tmp_path: Path)
     (folder / "model.safetensors").unlink()
     torch.save(tensors, folder / "pytorch_model.bin")
     assert_close(load_here(folder), expected, **CLOSE)
+
+
+def continued(rank: int, folder: str, topology: Topology) -> tuple[list[int], list[Tensor]]:
+    """64 greedy tokens after one, and the logits of each one, on the last stage."""
+    grid = {"model_parallel_size": topology.tp, "pipe_parallel_size": topology.pp}
+    config = from_dict({"load": folder, **grid}, world_size=topology.world_size)
+    groups = ProcessGroups.single()
+    if topology.world_size > 1:
+        groups = initialize(topology, "gloo", torch.device("cpu"))
+    steps = list(
+        generate(
+            load_model(config, groups),
+            [7],
+            maximum_tokens=64,
+            sampling=Sampling(),
+            generator=torch.Generator(),
+            eod=-1,
+            vocabulary=ROWS,
+        )
+    )
+    logits = [step.logits_V for step in steps if step.logits_V is not None]
+    return [step.token for step in steps], logits
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[int], Tensor]:
+    """A folder of GPT-J, what transformers writes by it after token 7, and the logits of that."""
+    from transformers import AutoModelForCausalLM
+
+    folder = make(tmp_path_factory.mktemp("gpt_j"), **THEIRS["gpt_j"] | {"n_positions": 80})
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    ids = model.generate(
+        torch.tensor([[7]]), max_new_tokens=64, do_sample=False, eos_token_id=None, pad_token_id=0
+    )
+    with torch.inference_mode():
+        return folder, ids[0, 1:].tolist(), model(ids[:, :-1]).logits[0]
+
+
+@pytest.mark.parametrize(
+    "topology", [Topology(), Topology(tp=2), Topology(pp=2), Topology(pp=2, tp=2)], ids=str
+)
+def test_gpt_j_writes_what_transformers_does(
+    world: World, topology: Topology, written: tuple[Path, list[int], Tensor]
+) -> None:
+    folder, ids, logits = written
+    assert len(ids) == 64 and len(set(ids)) > 5
+    results = world.run(topology.world_size, continued, str(folder), topology)
+    assert [tokens for tokens, _ in results] == [ids] * topology.world_size
+    assert_close(torch.stack(results[-1][1]), logits, **CLOSE)
 
 
 def test_a_file_that_may_not_be_read_is_not_called_damaged(
@@ -231,7 +283,7 @@ OF_GPT_J = {
     ),
     "short queries": (
         lambda f: replace_tensor(f, Q_PROJ, torch.ones(28, 32)),
-        "are [28, 32], [32, 32] and [32, 32], which are not the same rows of 4 heads",
+        "{q,k,v}_proj.weight are [28, 32], [32, 32] and [32, 32], which are not the same rows of 4",
     ),
     "a number for queries": (
         lambda f: [replace_tensor(f, Q_PROJ.replace("q_", f"{c}_"), torch.ones(())) for c in "qkv"],

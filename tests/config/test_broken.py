@@ -642,7 +642,7 @@ CASES = [
         "no data path",
         "",
         "data_path is missing. Name a tokenized dataset: the path of its .bin and .idx files "
-        "without the ending.",
+        "without the ending. Or name texts as they are with finetune_data.",
         without=("data_path",),
     ),
     Case(

@@ -200,6 +200,9 @@ FROZEN = {
         test_data_weights                         acts     null
         weight_by_num_documents                   acts     false
         weighted_sampler_alpha                    acts     1.0
+        finetune_data                             acts     null
+        finetune_valid_data                       acts     null
+        finetune_text_per                         acts     "line"
         data_impl                                 acts     "infer"
         pack_impl                                 acts     "packed"
         dataset_impl                              acts     "gpt2"
@@ -388,6 +391,7 @@ OURS = {  # the others are upstream's
     *("wsd_decay_ratio", "wsd_decay_style"),
     *("rotary_interleaved", "use_bias_in_final_linear"),
     *("lora", "adapter", "load_in_8bit"),
+    *("finetune_data", "finetune_valid_data", "finetune_text_per"),
 }
 
 

@@ -429,7 +429,7 @@ BLEND = {f"{split}_data_paths": ["a"] for split in ("train", "valid", "test")}
         ({"allow_chopped": False, "pack_impl": "unpacked"}, ""),
         ({"eval_own_documents": True}, "which does nothing: only the files of eval_data_dir are"),
         ({"include_path": "own"}, "which does nothing: only eval_tasks names its tasks"),
-        ({"chat_template_path": "a"}, "does nothing: only apply_chat_template: true reads it"),
+        ({"chat_template_path": "a"}, "only apply_chat_template: true and finetune_data read it"),
         ({"eval_own_documents": True, "eval_data_dir": "demo"}, ""),
         ({"include_path": "own", "eval_tasks": ["mine"]}, ""),
         ({"chat_template_path": "a", "apply_chat_template": True}, ""),

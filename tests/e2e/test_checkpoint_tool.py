@@ -19,17 +19,20 @@ from neox.checkpoint.neox import Checkpoint
 from neox.checkpoint.sources import layer_file
 from neox.inference.load import load_model
 from neox.parallel.groups import ProcessGroups
+from tests import scripts
 from tests.checkpoint import mesh_folders
 from tests.models import BASE, VOCAB, config_of, tokens, write_model
+from tests.world import World
 from tools import checkpoint as tool
 
 REPOSITORY = Path(__file__).parents[2]
+TOOL = REPOSITORY / "tools/checkpoint.py"
 PATIENCE_S = 180.0  # for processes to come up on a busy machine; nothing is measured with it
 
 
 def start(*arguments: str | Path, **options: Any) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, REPOSITORY / "tools/checkpoint.py", *arguments],
+        [sys.executable, TOOL, *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -38,10 +41,9 @@ def start(*arguments: str | Path, **options: Any) -> subprocess.Popen[str]:
     )
 
 
-def run(*arguments: str | Path) -> tuple[int, str, str]:
-    process = start(*arguments)
-    stdout, stderr = process.communicate(timeout=PATIENCE_S)
-    return process.returncode, stdout, stderr
+def run(world: World, *arguments: str | Path) -> tuple[int, str, str]:
+    done = scripts.run(world, TOOL, *arguments, cwd=REPOSITORY)
+    return done.returncode, done.stdout, done.stderr
 
 
 @pytest.fixture
@@ -202,13 +204,13 @@ def test_20B_is_synthesized_at_any_depth_and_width(
 
 @pytest.mark.parametrize("grid", [(1, 1), (2, 1)], ids=str)
 def test_logits_are_those_of_the_model(
-    saved: Path, config: Path, tmp_path: Path, grid: tuple[int, int]
+    world: World, saved: Path, config: Path, tmp_path: Path, grid: tuple[int, int]
 ) -> None:
     np.savez(tmp_path / "ids.npz", tokens=tokens(3).numpy())
     tp, pp = (f"--set={key}={size}" for key, size in zip(SIZES, grid, strict=True))
     files = ("--tokens", tmp_path / "ids.npz", "--output", tmp_path / "new/logits.npz")
     command = ("logits", "--config", config, "--load", saved / "global_step5", *files, tp, pp)
-    status, stdout, stderr = run(*command)
+    status, stdout, stderr = run(world, *command)
     assert status == 0, stderr
     assert stdout.endswith(f"logits.npz: logits at tp {grid[0]} x pp {grid[1]}\n")
     found = torch.from_numpy(np.load(tmp_path / "new/logits.npz")["logits"])
@@ -219,7 +221,7 @@ def test_logits_are_those_of_the_model(
 
 
 def test_logits_are_fp32_whatever_the_model_was_trained_in(
-    saved: Path, config: Path, tmp_path: Path
+    world: World, saved: Path, config: Path, tmp_path: Path
 ) -> None:
     half = tmp_path / "half.yml"
     half.write_text(json.dumps({"bf16": {"enabled": True}}))
@@ -228,7 +230,7 @@ def test_logits_are_fp32_whatever_the_model_was_trained_in(
     command = ("logits", "--config", config, half, "--load", saved, *files)
     found = []
     for precision in ((), ("--set", "precision=bfloat16")):
-        status, _, stderr = run(*command, *precision)
+        status, _, stderr = run(world, *command, *precision)
         assert status == 0, stderr
         found.append(torch.from_numpy(np.load(tmp_path / "logits.npz")["logits"]))
     expected = load_model(config_of(load=str(saved), iteration=7), ProcessGroups.single())(
@@ -251,12 +253,12 @@ SIZES = ("model_parallel_size", "pipe_parallel_size")
     ],
 )
 def test_bad_token_ids_are_one_line(
-    saved: Path, config: Path, tmp_path: Path, ids: np.ndarray | None, said: str
+    world: World, saved: Path, config: Path, tmp_path: Path, ids: np.ndarray | None, said: str
 ) -> None:
     if ids is not None:
         np.savez(tmp_path / "ids.npz", tokens=ids)
     files = ("--tokens", tmp_path / "ids.npz", "--output", tmp_path / "logits.npz")
-    status, stdout, stderr = run("logits", "--config", config, "--load", saved, *files)
+    status, stdout, stderr = run(world, "logits", "--config", config, "--load", saved, *files)
     assert (status, stdout) == (2, "")
     (line,) = stderr.splitlines()
     assert line.startswith("error: ") and said in line

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import yaml
 
+from tests import scripts
 from tests.data.datasets import write_dataset, write_labels
+from tests.world import World
 
 DEEPY = Path(__file__).parents[2] / "deepy.py"
 SPLITS = ("train", "valid", "test")
@@ -48,26 +47,18 @@ def write_config(folder: Path) -> None:
     (folder / "a.yml").write_text(yaml.safe_dump(values))
 
 
-def train(folder: Path, *words: str) -> tuple[str, dict[int, float]]:
+def train(world: World, folder: Path, *words: str) -> tuple[str, dict[int, float]]:
     """What was said, and the loss of every step so far."""
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(
-        [sys.executable, DEEPY, "train.py", "a.yml", *words],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+    run = scripts.run(world, DEEPY, "train.py", "a.yml", *words, cwd=folder)
     assert run.returncode == 0, run.stderr
     rows = [json.loads(row) for row in (folder / "logs/metrics.jsonl").read_text().splitlines()]
     losses = {row["iteration"]: row["train/lm_loss"] for row in rows if "train/lm_loss" in row}
     return run.stdout + run.stderr, losses
 
 
-def test_epochs_of_labelled_packs_resumed_at_another_grid(tmp_path: Path) -> None:
+def test_epochs_of_labelled_packs_resumed_at_another_grid(world: World, tmp_path: Path) -> None:
     write_config(tmp_path)
-    said, expected = train(tmp_path, "--set", "num_gpus=1")
+    said, expected = train(world, tmp_path, "--set", "num_gpus=1")
     assert "warning" not in said
     (line,) = [line for line in said.splitlines() if line.startswith("train_epochs 2:")]
     iterations = int(line.split("train_iters ")[1].split()[0])
@@ -78,7 +69,7 @@ def test_epochs_of_labelled_packs_resumed_at_another_grid(tmp_path: Path) -> Non
     latest = tmp_path / "checkpoints/latest"
     latest.write_text("global_step4")
     said, losses = train(
-        tmp_path, "--set", "num_gpus=2", "--set", "train_micro_batch_size_per_gpu=2"
+        world, tmp_path, "--set", "num_gpus=2", "--set", "train_micro_batch_size_per_gpu=2"
     )
     assert "resuming" in said and "the training data" not in said
     # Two micro-batches of 2 weigh alike, however many labels each has: hence 2 % and not 1e-5.
@@ -89,6 +80,6 @@ def test_epochs_of_labelled_packs_resumed_at_another_grid(tmp_path: Path) -> Non
     latest.write_text("global_step4")
     texts = write_dataset(tmp_path / "b", [3] * 60, modulo=250)
     write_labels(tmp_path / "b_label", texts, [np.ones(3)] * 60)
-    said, _ = train(tmp_path, "--set", "num_gpus=1", "--set", "exit_interval=6")
+    said, _ = train(world, tmp_path, "--set", "num_gpus=1", "--set", "exit_interval=6")
     assert said.count("is not the one that the checkpoint was trained on") == 1
     assert "data.datasets[1].text" in said

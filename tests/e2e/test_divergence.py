@@ -8,23 +8,24 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.test_kill import Life, make_run
+from tests.world import World
 
 
 @pytest.mark.parametrize("grid", [{"pipe_parallel_size": 0}, {"pipe_parallel_size": 2}])
-def test_a_run_ends_at_its_first_nan(tmp_path: Path, grid: dict[str, int]) -> None:
+def test_a_run_ends_at_its_first_nan(world: World, tmp_path: Path, grid: dict[str, int]) -> None:
     folder = tmp_path / "run"
     make_run(folder, 1, 20)
     path = folder / "model.yml"
     values = json.loads(path.read_text()) | grid | {"checkpoint_factor": 1, "hidden_dropout": 0.0}
     values["exit_interval"] = 1
     path.write_text(json.dumps(values))
-    first = Life(folder)
+    first = Life(folder, world=world)
     first.read()
     assert first.process.wait() == 0
     rates = {"exit_interval": None, "min_lr": 1e20}
     rates["optimizer"] = {"type": "Adam", "params": {"lr": 1e20, "betas": [0.9, 0.95]}}
     path.write_text(json.dumps(values | rates))
-    second = Life(folder)
+    second = Life(folder, world=world)
     second.read()
     assert second.process.wait() == 2
     assert (second.start, second.saved) == (1, 2)  # the step to 1e20 itself is finite

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -13,12 +12,14 @@ from typing import Any
 
 import pytest
 
-from tests import small_tokenizer
+from tests import scripts, small_tokenizer
 from tests.models import BASE
+from tests.scripts import Script
+from tests.world import World
 from tools import checkpoint
 from tools.register_lm_eval import LINE
 
-ROOT = Path(__file__).parents[2]
+DEEPY = (Path(__file__).parents[2] / "deepy.py", "evaluate.py", "model.yml")
 # LINE is what Python runs at its start where tools/register_lm_eval.py was run.
 LM_EVAL = f"{LINE}\nfrom lm_eval.__main__ import cli_evaluate\ncli_evaluate()"
 LENGTH = 64
@@ -43,8 +44,10 @@ metric_list: [{metric: perplexity}, {metric: acc}]
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A model, its configuration, and a task of 400 texts."""
+    for name, value in {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}.items():
+        monkeypatch.setenv(name, value)
     texts = [json.dumps({"text": f"{i} times {i + 1} is {i * (i + 1)}"}) for i in range(400)]
     (tmp_path / "texts.jsonl").write_text("\n".join(texts) + "\n")
     (tmp_path / "task.yaml").write_text(TASK)
@@ -63,21 +66,10 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def environment() -> dict[str, str]:
-    quiet = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return {**os.environ, **quiet}
-
-
-def evaluate(folder: Path, *arguments: str) -> tuple[dict[str, Any], str]:
+def evaluate(world: World, folder: Path, *arguments: str) -> tuple[dict[str, Any], str]:
     """The results of a run, and what it printed."""
     before = set(folder.glob("*.json"))
-    done = subprocess.run(
-        [sys.executable, ROOT / "deepy.py", "evaluate.py", "model.yml", *arguments],
-        cwd=folder,
-        env=environment(),
-        capture_output=True,
-        text=True,
-    )
+    done = scripts.run(world, *DEEPY, *arguments, cwd=folder)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stderr == ""
     [path] = set(folder.glob("*eval_results_*.json")) - before
@@ -97,10 +89,9 @@ def times(limit: float) -> Iterator[None]:
     raise AssertionError(f"not done after {limit} s")
 
 
-def test_a_killed_run_goes_on_where_it_stopped(folder: Path) -> None:
+def test_a_killed_run_goes_on_where_it_stopped(world: World, folder: Path) -> None:
     slow = ("--batch_size", "1")
-    command = [sys.executable, ROOT / "deepy.py", "evaluate.py", "model.yml", *slow]
-    run = subprocess.Popen(command, cwd=folder, env=environment(), stdout=subprocess.DEVNULL)
+    run = Script(world, [*DEEPY, *slow], folder, folder / "stderr")
     for _ in times(60):
         if lines(folder) >= 16 or run.poll() is not None:
             break
@@ -110,15 +101,15 @@ def test_a_killed_run_goes_on_where_it_stopped(folder: Path) -> None:
     assert 0 < known < 400, "it was to be killed in the middle"
     assert not list(folder.glob("*eval_results_*"))
 
-    again, printed = evaluate(folder, *slow)
+    again, printed = evaluate(world, folder, *slow)
     # The last line may have been cut.
     assert again["answers"]["asked"] == 400
     assert 400 - known <= again["answers"]["computed"] <= 400 - known + 1
     assert f"{400 - again['answers']['computed']} of 400 answers are of earlier runs" in printed
 
-    fresh, printed = evaluate(folder, "--set", "eval_use_cache=false")
+    fresh, printed = evaluate(world, folder, "--set", "eval_use_cache=false")
     assert fresh["answers"]["computed"] == 400 and "earlier runs" not in printed
-    third, printed = evaluate(folder)
+    third, printed = evaluate(world, folder)
     assert third["answers"]["computed"] == 0 and "400 of 400 answers are of earlier" in printed
     assert third["results"] == again["results"]
     for metric in ("acc", "ppl"):
@@ -129,11 +120,11 @@ def test_a_killed_run_goes_on_where_it_stopped(folder: Path) -> None:
     assert [answer["doc_id"] for answer in answers] == list(range(400))
 
 
-def test_lm_evals_own_command_scores_the_same(folder: Path) -> None:
-    ours, _ = evaluate(folder, "--set", "eval_use_cache=false")
+def test_lm_evals_own_command_scores_the_same(world: World, folder: Path) -> None:
+    ours, _ = evaluate(world, folder, "--set", "eval_use_cache=false")
     command = [sys.executable, "-c", LM_EVAL, "run", "--model", "neox", "--tasks", "sums"]
     command += ["--model_args", "config=model.yml", "--include_path", ".", "--output_path", "out"]
-    done = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True)
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     [path] = (folder / "out").rglob("results_*.json")
     theirs = json.loads(path.read_text())["results"]["sums"]
@@ -141,6 +132,7 @@ def test_lm_evals_own_command_scores_the_same(folder: Path) -> None:
         assert theirs[metric] == pytest.approx(ours["results"]["sums"][metric], rel=1e-6)
 
     command[command.index("config=model.yml")] = "config=mode.yml"
-    done = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True)
+    (folder / "command.py").write_text(LM_EVAL)
+    done = scripts.run(world, folder / "command.py", *command[3:], cwd=folder)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "error: " in done.stderr and "mode.yml" in done.stderr

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,8 +11,9 @@ import torch
 from neox.model.gpt import layers
 from neox.model.init import initialize
 from neox.parallel.groups import ProcessGroups
-from tests import small_tokenizer
+from tests import scripts, small_tokenizer
 from tests.models import BASE, config_of
+from tests.world import World
 
 DEEPY = Path(__file__).parents[2] / "deepy.py"
 VALUES = BASE | {"num_layers": 4}
@@ -47,20 +45,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def generate(folder: Path, name: str, *arguments: str, cores: int = 1) -> tuple[list[str], list]:
+def generate(
+    world: World, folder: Path, name: str, *arguments: str, cores: int = 1
+) -> tuple[list[str], list]:
     """The lines about the grid, and the results, of a run on so many of the machine's cores."""
     output = folder / f"{name}.jsonl"
     command = ["generate.py", "model.yml", "-i", "prompts.txt", "-o", str(output), *arguments]
-    available = sorted(os.sched_getaffinity(0))[:cores]
-    run = subprocess.run(
-        [sys.executable, DEEPY, *command],
-        cwd=folder,
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
-        preexec_fn=lambda: os.sched_setaffinity(0, available),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    run = scripts.run(world, DEEPY, *command, cwd=folder, cores=cores)
     assert (run.returncode, run.stderr) == (0, "")
     results = [json.loads(line) for line in output.read_text().splitlines()]
     texts = [(result["context"], result["text"], result["message"]) for result in results]
@@ -68,10 +59,10 @@ def generate(folder: Path, name: str, *arguments: str, cores: int = 1) -> tuple[
 
 
 @pytest.fixture(scope="module")
-def plain(folder: Path) -> list:
+def plain(world: World, folder: Path) -> list:
     """What one process generates that was asked for."""
     sizes = ("--set", "model_parallel_size=1", "--set", "pipe_parallel_size=1")
-    lines, texts = generate(folder, "plain", *sizes)
+    lines, texts = generate(world, folder, "plain", *sizes)
     assert lines == [] and [text[0] for text in texts] == PROMPTS.splitlines()
     assert all(text and message is None for _, text, message in texts)
     return texts
@@ -91,7 +82,7 @@ def plain(folder: Path) -> list:
     ],
 )
 def test_the_grid_fits_itself(
-    name: str, arguments: list[str], line: str, folder: Path, plain: list
+    world: World, name: str, arguments: list[str], line: str, folder: Path, plain: list
 ) -> None:
     (folder / "slots").write_text(f"localhost slots={3 if name == 'three_slots' else 1}\n")
     origin = next(
@@ -99,6 +90,6 @@ def test_the_grid_fits_itself(
         for number, text in enumerate((folder / "model.yml").read_text().splitlines(), start=1)
         if text.startswith("model_parallel_size")
     )
-    lines, texts = generate(folder, name, *arguments)
+    lines, texts = generate(world, folder, name, *arguments)
     assert lines == [f"grid: tp 2 x pp 4 (model.yml:{origin}) {line}"]
     assert texts == plain

@@ -21,7 +21,9 @@ import torch
 from tests import small_tokenizer
 from tests.data.datasets import write_dataset
 from tests.models import BASE
+from tests.scripts import Script
 from tests.small_disk import small_disk, small_files
+from tests.world import World
 
 DEEPY = Path(__file__).parents[2] / "deepy.py"
 KILLS = int(os.environ.get("NEOX_KILLS", "6"))
@@ -32,15 +34,21 @@ EVERY = 3  # iterations between two saves
 class Life:
     """A run of train.py, read line by line until it ends or is killed."""
 
-    def __init__(self, folder: Path, *arguments: str) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, DEEPY, "train.py", "model.yml", *arguments],
-            cwd=folder,
-            env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=(folder / "stderr").open("a"),
-            text=True,
-        )
+    def __init__(self, folder: Path, *arguments: str, world: World | None = None) -> None:
+        """With `world` it starts at once, without it as a user's."""
+        command = [str(DEEPY), "train.py", "model.yml", *arguments]
+        self.process: Script | subprocess.Popen[str]
+        if world is not None:
+            self.process = Script(world, command, folder, folder / "stderr")
+        else:
+            self.process = subprocess.Popen(
+                [sys.executable, *command],
+                cwd=folder,
+                env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+                stdout=subprocess.PIPE,
+                stderr=(folder / "stderr").open("a"),
+                text=True,
+            )
         self.start: int | None = None  # the iteration that it went on from
         self.at = 0  # the last finished iteration
         self.saved = 0  # the last one whose checkpoint it called saved
@@ -90,9 +98,9 @@ def make_run(folder: Path, processes: int, iterations: int) -> None:
     write_dataset(folder / "data", [40] * 30, modulo=280)
 
 
-def finish(folder: Path) -> tuple[dict[str, torch.Tensor], list[tuple[int, float]]]:
+def finish(world: World, folder: Path) -> tuple[dict[str, torch.Tensor], list[tuple[int, float]]]:
     """Let a run come to its end; its weights and its losses."""
-    life = Life(folder)
+    life = Life(folder, world=world)
     life.read()
     assert life.process.wait() == 0, (folder / "stderr").read_text()
     step = folder / "checkpoints" / (folder / "checkpoints/latest").read_text()
@@ -107,7 +115,7 @@ def finish(folder: Path) -> tuple[dict[str, torch.Tensor], list[tuple[int, float
 
 @pytest.mark.parametrize(("processes", "kills"), [(1, KILLS), (2, KILLS // 3)])
 def test_a_killed_run_loses_nothing_that_was_saved(
-    tmp_path: Path, processes: int, kills: int
+    world: World, tmp_path: Path, processes: int, kills: int
 ) -> None:
     iterations = MOST * kills + 10
     killed = tmp_path / "killed"
@@ -115,7 +123,7 @@ def test_a_killed_run_loses_nothing_that_was_saved(
     draw = random.Random(kills)
     saved = reached = 0
     for number in range(kills):
-        life = Life(killed)
+        life = Life(killed, world=world)
         if draw.random() < 0.2:
             time.sleep(draw.uniform(0, 3))  # while it starts, or a little later
         else:
@@ -128,8 +136,8 @@ def test_a_killed_run_loses_nothing_that_was_saved(
             saved, reached = max(saved, life.saved), max(reached, life.at)
     whole = tmp_path / "whole"
     make_run(whole, processes, iterations)
-    weights, losses = finish(killed)
-    expected_weights, expected_losses = finish(whole)
+    weights, losses = finish(world, killed)
+    expected_weights, expected_losses = finish(world, whole)
     assert losses == expected_losses
     assert [iteration for iteration, _ in losses] == list(range(1, iterations + 1))
     assert weights.keys() == expected_weights.keys()

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests import small_tokenizer
+from tests import scripts, small_tokenizer
 from tests.data.datasets import write_dataset
 from tests.models import BASE
+from tests.world import World
 
 ROOT = Path(__file__).parents[2]
 
@@ -35,19 +34,15 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def train(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, ROOT / "deepy.py", "train.py", "model.yml", *arguments],
-        cwd=folder,
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+def train(world: World, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    deepy = ROOT / "deepy.py"
+    return scripts.run(world, deepy, "train.py", "model.yml", *arguments, cwd=folder)
 
 
-def test_tasks_on_the_command_line_are_scored_at_every_validation(folder: Path) -> None:
-    run = train(folder, "--eval_tasks", "lambada", "piqa", "--limit", "2")
+def test_tasks_on_the_command_line_are_scored_at_every_validation(
+    world: World, folder: Path
+) -> None:
+    run = train(world, folder, "--eval_tasks", "lambada", "piqa", "--limit", "2")
     assert (run.returncode, run.stderr) == (0, "")
     rows = map(json.loads, (folder / "logs/metrics.jsonl").read_text().splitlines())
     names = {f"validation/{name}" for name in ("lambada_openai_acc", "piqa_acc_norm")}
@@ -55,8 +50,8 @@ def test_tasks_on_the_command_line_are_scored_at_every_validation(folder: Path) 
     assert "validation results at iteration 2 | lambada_openai_perplexity value: " in run.stdout
 
 
-def test_an_unknown_task_is_one_line_before_anything_is_trained(folder: Path) -> None:
-    run = train(folder, "--eval_tasks", "piqqa")
+def test_an_unknown_task_is_one_line_before_anything_is_trained(world: World, folder: Path) -> None:
+    run = train(world, folder, "--eval_tasks", "piqqa")
     assert run.returncode == 2
     assert run.stderr.startswith(
         "error: eval_tasks: lm-eval has no task 'piqqa'; did you mean piqa"

@@ -10,6 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from tests.e2e.test_kill import EVERY, Life, make_run
 from tests.wandb_file import history_of, read_wandb_file
+from tests.world import World
 
 ITERATIONS = 12
 
@@ -33,13 +34,16 @@ def change(folder: Path, **values: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
-def lives(folder: Path, *killed_after: int) -> None:
-    """Start the run, kill it after so many iterations, start it again ...; then let it finish."""
+def lives(world: World | None, folder: Path, *killed_after: int) -> None:
+    """Start the run, kill it after so many iterations, start it again ...; then let it finish.
+
+    With `world`, Python need not start anew.
+    """
     for iterations in killed_after:
-        life = Life(folder)
+        life = Life(folder, world=world)
         life.read(iterations)
         life.kill()
-    last = Life(folder)
+    last = Life(folder, world=world)
     last.read()
     assert last.process.wait() == 0, (folder / "stderr").read_text()
 
@@ -52,8 +56,10 @@ def metrics(folder: Path) -> dict[int, dict[str, float]]:
     }
 
 
-def test_a_killed_and_resumed_run_is_one_run(folder: Path) -> None:
-    lives(folder, 2, EVERY + 2, EVERY + 1)  # before the first checkpoint, and twice after one
+def test_a_killed_and_resumed_run_is_one_run(world: World, folder: Path) -> None:
+    lives(
+        world, folder, 2, EVERY + 2, EVERY + 1
+    )  # before the first checkpoint, and twice after one
     (path,) = folder.rglob("*.wandb")
     records = list(read_wandb_file(path))
     assert path.parent.parent == folder / "logs/wandb"
@@ -74,14 +80,14 @@ def test_a_killed_and_resumed_run_is_one_run(folder: Path) -> None:
     assert ids == {json.loads((folder / "checkpoints/wandb_run.json").read_text())["id"]}
 
 
-def test_a_run_that_begins_anew_is_another_run(folder: Path) -> None:
-    lives(folder, 2)
+def test_a_run_that_begins_anew_is_another_run(world: World, folder: Path) -> None:
+    lives(world, folder, 2)
     (first,) = folder.rglob("*.wandb")
-    lives(folder)  # nothing left to train: still the first one
+    lives(world, folder)  # nothing left to train: still the first one
     (again,) = folder.rglob("*.wandb")
     assert again.name == first.name
     change(folder, load=None, seed=2)
-    lives(folder)
+    lives(world, folder)
     (other,) = {path for path in folder.rglob("*.wandb") if path.name != first.name}
     for path in (again, other):
         assert list(history_of(read_wandb_file(path))) == list(range(1, ITERATIONS + 1))
@@ -132,7 +138,7 @@ def test_every_key_of_upstream_is_in_the_run(folder: Path) -> None:
         profile_step_start=2,
         profile_step_stop=4,
     )
-    lives(folder)
+    lives(None, folder)  # what the profiler says is silenced before torch is imported
     (path,) = folder.rglob("*.wandb")
     history = history_of(read_wandb_file(path))
     for step, row in history.items():

@@ -28,7 +28,7 @@ from neox.model.layout import LayerLayout
 from neox.model.shard import shard
 from neox.parallel.groups import ProcessGroups, initialize
 from neox.parallel.topology import Topology
-from tests.models import VOCAB, config_of, model_layers, tokens
+from tests.models import ARCHITECTURES, VOCAB, config_of, model_layers, tokens
 from tests.world import World, forget_groups
 
 STEPS = 10
@@ -234,6 +234,18 @@ def test_grouped_queries_and_gated_mlp(world: World, tmp_path: Path) -> None:
         "norm": "rmsnorm",
     }
     cases = [(Topology(pp=2, tp=2), values | more) for more in ({}, SPLIT)]
+    check(world, tmp_path, values, cases)
+
+
+def test_gpt_j(world: World, tmp_path: Path) -> None:
+    """A bias over the vocabulary, a slice of which each tp rank has."""
+    values = ARCHITECTURES["gpt_j"]
+    cases = [
+        (Topology(pp=2, tp=2), values | SPLIT | ZERO_1),
+        (Topology(tp=2), values | RECOMPUTE),
+        (Topology(dp=2, tp=2), values | ZERO_3),
+        (Topology(dp=2), values | ZERO_2),
+    ]
     check(world, tmp_path, values, cases)
 
 

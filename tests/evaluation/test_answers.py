@@ -15,7 +15,7 @@ from neox.checkpoint.neox import Checkpoint
 from neox.evaluation import answers, run
 from neox.evaluation.adapter import NeoXLM
 from neox.evaluation.answers import Answers, cache_folder
-from neox.tokenizer import Tokenizer
+from neox.tokenizer import Tokenizer, tokenizer_digest
 from tests.evaluation import models
 from tests.models import write_model
 
@@ -114,7 +114,7 @@ def test_what_answers_depend_on(tmp_path: Path) -> None:
 
     def identity(folder: Path, **values: Any) -> str:
         settings = models.config(load=str(folder), **values)
-        tokenizer = run._tokenizer_digest(settings)
+        tokenizer = tokenizer_digest(settings)
         groups = ProcessGroups.single()
         found = run._identity(settings, Checkpoint.open(folder), tokenizer, groups)
         found["checkpoint"] = found["checkpoint"]["digest"]

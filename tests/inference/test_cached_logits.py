@@ -21,6 +21,13 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "grouped heads, rmsnorm": {"pos_emb": "rotary", "num_kv_heads": 2, "norm": "rmsnorm"},
     "window": {"pos_emb": "rotary", "sliding_window_width": 5},
     "no positions": {"pos_emb": "none"},
+    "gpt-j": {
+        "pos_emb": "rotary",
+        "rotary_pct": 0.5,
+        "rotary_interleaved": True,
+        "gpt_j_residual": True,
+        "gpt_j_tied": True,
+    },
 }
 
 

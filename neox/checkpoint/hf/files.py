@@ -116,7 +116,7 @@ class TransformersFiles:
         for name, ours in shard.names.items():
             if not today[name].dtype.is_floating_point:
                 raise CheckpointError(
-                    f"{where}: {', '.join(found[ours])} holds {str(today[name].dtype)[6:]} numbers,"
+                    f"{where}: {_in_short(found[ours])} holds {str(today[name].dtype)[6:]} numbers,"
                     " which are no weights without NAME.absmax and NAME.code beside NAME.weight."
                 )
         return [
@@ -124,7 +124,7 @@ class TransformersFiles:
                 where,
                 LazyTensors(today),
                 buffers={name: recipes[name].make() for name in shard.buffers},
-                names={name: ", ".join(found[ours]) for name, ours in shard.names.items()},
+                names={name: _in_short(found[ours]) for name, ours in shard.names.items()},
                 eight_bit=Lazy({n: kept[o] for n, o in shard.names.items() if o in kept}),
             )
         ]
@@ -155,15 +155,15 @@ class TransformersFiles:
         heads, shapes = self.config.values["num_attention_heads"], [list(p.shape) for p in parts]
         if shapes.count(shapes[0]) < len(shapes) or not shapes[0] or shapes[0][0] % heads:
             raise CheckpointError(
-                f"{where}: {', '.join(names)} are {listed(map(str, shapes), 'and')}, which are not "
+                f"{where}: {_in_short(names)} are {listed(map(str, shapes), 'and')}, which are not "
                 f"the same rows of {heads} heads."
             )
 
     def _sort(self) -> dict[int, Names]:
         """For each layer's index the names of its tensors, here (as ever) -> in the folder."""
         kind, depth = self.config.kind, self.config.values["num_layers"]
+        layers = NAMINGS[self.config.model_type].sort(self._tensors.names, depth)
         there = set(self._tensors.names)
-        layers = NAMINGS[self.config.model_type].sort(there, depth)
         wanted = {name for found in layers.values() for name in _theirs(found)}
         if foreign := there - wanted:
             raise CheckpointError(
@@ -204,6 +204,16 @@ def _there(tensor: Tensor) -> Recipe:
 
 def _share_table(parts: Sequence[EightBit]) -> bool:
     return all(torch.equal(part.table, parts[0].table) for part in parts[1:])
+
+
+def _in_short(names: Sequence[str]) -> str:
+    """attn.{q,k,v}_proj.weight for three names."""
+    if len(names) == 1:
+        return names[0]
+    differ = [len(set(letters)) > 1 for letters in zip(*names, strict=True)]  # of equal length
+    start, stop = differ.index(True), len(differ) - differ[::-1].index(True)
+    parts = ",".join(name[start:stop] for name in names)
+    return f"{names[0][:start]}{{{parts}}}{names[0][stop:]}"
 
 
 def _theirs(found: Names) -> list[str]:

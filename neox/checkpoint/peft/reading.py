@@ -83,6 +83,10 @@ class _Reading:
     def parts(self) -> dict[str, Part]:
         return {part.name: part for part in parts(self.config, self.rows)}
 
+    @property
+    def _is_tied(self) -> bool:
+        return not self.config.no_weight_tying
+
     def sort(self, name: str, tensor: Tensor) -> None:
         """Find the place of a tensor. Raises CheckpointError."""
         if not name.startswith(PREFIX):
@@ -93,7 +97,7 @@ class _Reading:
         if match := _HALF.match(plain):
             part = self._part(name, match[1], "weight")
             if part.matrix is None:
-                raise self._error(name, self._why_no_place(match[1]))
+                raise self._error(name, self._why_no_place(f"{match[1]}.weight"))
             found = self.down if match[2] == "A" else self.up
         else:
             part, found = self._parameter(name, plain, tensor)
@@ -105,6 +109,8 @@ class _Reading:
         if module == HEAD_5 and f"{HEAD}.weight" in self.parts:
             module = HEAD
         part = self.parts.get(f"{module}.{kind}")
+        if part is None and self._is_tied and module in (HEAD, HEAD_5) and kind == "weight":
+            return next(p for p in self.parts.values() if p.source == "word_embeddings.weight")
         if part is None:
             raise self._error(name, self._why_no_place(f"{module}.{kind}"))
         return part
@@ -213,7 +219,7 @@ class _Reading:
         layer, depth = _LAYER.match(plain), self.config.num_layers
         if layer and layer[1] == known[0][1] and int(layer[2]) >= depth:
             return f"is of layer {layer[2]}, but the model has layers 0 to {depth - 1} (num_layers)"
-        if plain.startswith((f"{HEAD}.", f"{HEAD_5}.")) and not self.config.no_weight_tying:
+        if plain.startswith((f"{HEAD}.", f"{HEAD_5}.")) and self._is_tied:
             return "adapts the output projection, which is the embedding here (no_weight_tying)"
         return f"has no place in this model, whose names are like {known[0].string}"
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 from collections import Counter
@@ -35,7 +34,7 @@ def write_adapters(
     Raises OSError.
     """
     if reason := why_not_loadable(config):
-        _say_once(f"PEFT cannot load the adapters onto a model of transformers: {reason}")
+        log.info(f"PEFT cannot load the adapters onto a model of transformers: {reason}")
     everything = list(parts(config, _vocabulary(adapters)))
     tensors = _tensors(adapters, everything)
     settings = _settings(adapters, everything, base)
@@ -44,9 +43,6 @@ def write_adapters(
         SETTINGS: write_file(folder / SETTINGS, text.encode()),
         SAFETENSORS: write_file(folder / SAFETENSORS, save(tensors, {"format": "pt"})),
     }
-
-
-_say_once = functools.cache(log.info)  # a run writes them again and again
 
 
 def _vocabulary(adapters: Adapters) -> int:
