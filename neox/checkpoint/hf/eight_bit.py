@@ -53,7 +53,8 @@ def assemble(weight: str, stored: Mapping[str, Tensor], where: object) -> EightB
                 f"{where}: {name} is {_described(tensor)}, but beside codes {list(codes.shape)} it "
                 f"has to be float32 [{wanted}]."
             )
-    return from_blocks(codes, scales, table)
+    # The table goes into every part that is cut out of the weight, and would keep the file mapped.
+    return from_blocks(codes, scales, table.clone())
 
 
 def join(heads: int, qkv: Sequence[EightBit]) -> EightBit:

@@ -62,7 +62,8 @@ def export(
     Weights keep their precision unless `dtype` gives another. `tokenizer` is the one that `config`
     names; without it the folder has none, and no special tokens. The folder appears when it is
     whole and transformers has computed the same logits from it (neox.checkpoint.hf.proof). Memory
-    holds one tensor and, in the proof, one layer in fp32. Not collective, one process.
+    holds one tensor, or one layer where tensors are made (neox.checkpoint.lazy), and in the proof
+    one layer in fp32. Not collective, one process.
     Raises ConfigError where transformers has no class for the model, and CheckpointError.
     """
     check_new(output)
