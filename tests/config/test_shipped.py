@@ -13,6 +13,7 @@ from neox.model.layout import pad_vocab_size
 CONFIGS = Path(__file__).parents[2] / "configs"
 PARTS = {"local_setup.yml", "text_generation.yml"}  # these go with a model
 WHOLE = {"20B.yml", "gpt-j-6B.yml", "demo.yml"}  # these name data and folders themselves
+FINETUNE = {"finetune/20B-8bit-lora.yml", "finetune/gpt-j-6B-8bit-lora.yml"}  # all but the texts
 NAMES = sorted(str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yml"))
 WORLDS = {"20B.yml": 96, "gpt-j-6B.yml": 256}  # the processes it was trained on
 
@@ -31,6 +32,8 @@ SHAPES = {
     "20B.yml": (44, 6144, 64, 128),
     "gpt-j-6B.yml": (28, 4096, 16, 16),
     "175B.yml": (96, 12288, 96, 4),
+    "finetune/20B-8bit-lora.yml": (44, 6144, 64, 8),
+    "finetune/gpt-j-6B-8bit-lora.yml": (28, 4096, 16, 8),
     "pythia/14M.yml": (6, 128, 4, 32),
     "pythia/31M.yml": (6, 256, 8, 32),
     "pythia/70M.yml": (6, 512, 8, 32),
@@ -45,7 +48,7 @@ SHAPES = {
 
 
 def files(name: str) -> list[Path]:
-    if name in WHOLE:
+    if name in WHOLE | FINETUNE:
         return [Path(name)]
     model = "125M.yml" if name in PARTS else name
     return [Path(part) for part in dict.fromkeys([model, "local_setup.yml", name])]
@@ -56,6 +59,7 @@ def files(name: str) -> list[Path]:
 def test_it_loads(name: str, purpose: str, capsys: pytest.CaptureFixture[str]) -> None:
     config = load_config(
         files(name),
+        {"finetune_data": Override("texts", "--set")} if name in FINETUNE else {},
         conf_dir=CONFIGS,
         purpose=purpose,
         world_size=WORLDS.get(name),
