@@ -13,6 +13,7 @@ from torch.testing import assert_close
 
 from neox.checkpoint.neox import Checkpoint
 from neox.checkpoint.peft import read_adapters
+from neox.checkpoint.sources import AdapterFiles
 from neox.config import NeoXConfig
 from neox.engine.build import build_engine
 from neox.engine.deepspeed import DeepSpeedEngine
@@ -152,9 +153,59 @@ def resume(rank: int, topology: Topology, values: Values, base: str, out: str) -
 
 
 def _own(folder: Path, tp: int) -> Checkpoint:
-    from neox.checkpoint.sources import AdapterFiles
-
     return Checkpoint(folder, AdapterFiles(folder, tp))
+
+
+def go_on(rank: int, topology: Topology, base: str, folder: str, saved_tp: int) -> list[float]:
+    """Steps 3 and 4 at this grid."""
+    values = BIASES | EIGHT_BIT | (NO_PIPELINE if topology.pp == 1 else {})
+    config, groups = make(topology, values, base)
+    engine = build(config, groups, Path(folder))
+    engine.load_optimizer(_own(Path(folder), saved_tp), Path(folder).parent)
+    source = batches(config, groups)
+    for _ in range(2 * config.gradient_accumulation_steps):
+        next(source)
+    return [engine.train_batch(source, i, 0.01).loss for i in (3, 4)]
+
+
+def test_a_run_goes_on_at_another_grid(world: World, tmp_path: Path) -> None:
+    base = str(write_model(tmp_path / "base", 3))
+    topology = Topology(tp=2)
+    world.run(2, resume, topology, ZERO_1 | BIASES | EIGHT_BIT, base, str(tmp_path / "own"))
+    folder = str(tmp_path / "own/global_step2")
+    expected = world.run(2, go_on, topology, base, folder, 2)[0]
+    for other in (Topology(), Topology(pp=2), Topology(dp=2)):
+        found = world.run(other.world_size, go_on, other, base, folder, 2)[0]
+        assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def step_with_peak(rank: int, base: str, values: Values) -> tuple[float, int]:
+    """Loss of the second step, and by how many bytes memory rose in the two at most."""
+    config, groups = make(Topology(), NO_PIPELINE | values, base)
+    engine = build(config, groups)
+    source = batches(config, groups)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = _status("VmHWM")
+    engine.train_batch(source, 1, 0.01)
+    loss = engine.train_batch(source, 2, 0.01).loss
+    return loss, _status("VmHWM") - before
+
+
+def _status(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+
+def test_recomputation_changes_no_loss_and_takes_less_memory(world: World, tmp_path: Path) -> None:
+    shape = {"num_layers": 8, "intermediate_size": 8192}
+    base = str(write_model(tmp_path / "base", 3, **shape))
+    values = shape | EIGHT_BIT | {"gradient_accumulation_steps": 1}
+    ((loss, kept),) = world.run(1, step_with_peak, base, values)
+    again = values | {"checkpoint_activations": True}
+    ((same, recomputed),) = world.run(1, step_with_peak, base, again)
+    assert abs(loss - same) <= 1e-6
+    # Of 8 layers, GELU's input and output: 64 positions x 8192 x 4 bytes = 2 MiB each.
+    assert kept - recomputed > 16 << 20
 
 
 def test_a_resumed_run_is_the_uninterrupted_one(world: World, tmp_path: Path) -> None:
