@@ -80,7 +80,8 @@ def _shards(layer: Layer, config: NeoXConfig, legacy_names: bool) -> list[dict[s
             tensors[written] = file_shard(held, layout, rank, config.tp)
         del whole  # before the next is drawn
     is_block = 2 <= layer.index < 2 + config.num_layers
-    if legacy_names and is_block and config.pos_emb == "rotary":
+    has_buffer = config.pos_emb == "rotary" and not config.rotary_interleaved
+    if legacy_names and is_block and has_buffer:
         buffer = frequencies(config.rotary_dim, config.rotary_emb_base).to(dtype)
         for tensors in shards:
             tensors["attention.rotary_emb.inv_freq"] = buffer

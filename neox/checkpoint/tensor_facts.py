@@ -118,6 +118,7 @@ def _positions(layer: _Layer) -> Iterator[tuple[str, Fact]]:
     frequencies = layer.buffer(name)
     if frequencies is not None and frequencies.ndim == 1 and frequencies.is_floating_point():
         yield "rotary_dim", layer.fact(2 * len(frequencies), name)
+        yield "rotary_interleaved", layer.fact(False, name)  # upstream alone keeps them
         if (found := _rotary_base(frequencies)) is not None:
             base, tolerance = found
             yield "rotary_emb_base", layer.fact(base, name, tolerance=tolerance)

@@ -171,6 +171,8 @@ def test_rotary_frequencies_tell_dimensions_and_base(
     said = refusal(checkpoint, configuration(**values | {"num_attention_heads": 8}))
     assert f"rotary_pct is {pct} and num_attention_heads is 8, which rotates" in said
     assert "pos_emb" in refusal(checkpoint, configuration(**values | {"pos_emb": "none"}))
+    said = refusal(checkpoint, configuration(**values | {"rotary_interleaved": True}))
+    assert "rotary_interleaved is true, but the checkpoint's is false" in said
 
 
 @pytest.mark.parametrize(
