@@ -73,19 +73,20 @@ def random_adapters(
     head: bool = False,
     biases: bool = False,
     norms: bool = False,
-    seed: int = 3,
+    rank: int = 2,
+    alpha: float = 2,
 ) -> Adapters:
-    """Of ranks that differ by matrix, everything off zero."""
+    """Of ranks that differ by matrix, from `rank` on, everything off zero."""
     depth = config.num_layers
     specs = {
-        (index, name): AdapterSpec(2 + number, 2.0 / (2 + number))
+        (index, name): AdapterSpec(rank + number, alpha / (rank + number))
         for index in range(2, depth + 2)
         for number, name in enumerate(matrices)
     }
     if head:
         specs[depth + 4, "final_linear"] = AdapterSpec(5, 0.7)
     frozen = Frozen(torch.float32, ProcessGroups.single(), specs=specs, biases=biases, norms=norms)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(3)
     tensors = {
         (layer.index, name): torch.randn(layout.shape, generator=generator) * 0.2
         for layer in model(config, frozen, ProcessGroups.single())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from neox.checkpoint.manifest import digest
 from neox.checkpoint.neox import Checkpoint
 from neox.checkpoint.peft import (
     Adapters,
+    fill,
     find_adapter,
     merged,
     read_adapters,
@@ -25,6 +27,8 @@ from neox.checkpoint.peft import (
 from neox.checkpoint.reshard import reshard
 from neox.config.architecture import architecture
 from neox.errors import CheckpointError
+from neox.model.frozen import Frozen
+from neox.model.gpt import layers
 from neox.parallel.groups import ProcessGroups, initialize
 from neox.parallel.topology import Topology
 from tests.checkpoint import hf_folders, peft_folders
@@ -164,6 +168,27 @@ def test_of_some_layers_and_of_several_ranks_in_16_bits(tmp_path: Path) -> None:
     }
     write_adapters(tmp_path, config, Adapters(specs, tensors), None)
     assert_same(read_adapters(tmp_path, config, VOCAB), Adapters(specs, tensors))
+
+
+def test_alpha_is_the_number_that_it_was(tmp_path: Path) -> None:
+    config = config_of()
+    for alpha in (1, 7.25, 3):
+        adapters = random_adapters(config, ("mlp.linear1",), rank=49, alpha=alpha)
+        write_adapters(tmp_path, config, adapters, None)
+        settings = json.loads((tmp_path / "adapter_config.json").read_text())
+        assert settings["r"] == 49 and settings["lora_alpha"] == pytest.approx(alpha, rel=1e-15)
+        assert isinstance(settings["lora_alpha"], type(alpha))
+        assert_same(read_adapters(tmp_path, config, VOCAB), adapters)
+
+
+def test_numbers_beyond_float16_are_refused() -> None:
+    config = config_of()
+    adapters = random_adapters(config, biases=True)
+    adapters.tensors[2, "mlp.linear2.bias"][3] = 1e6
+    frozen = Frozen(torch.float16, SINGLE, specs=adapters.specs)
+    layer = layers(config, VOCAB, torch.float16, SINGLE, frozen=frozen)[2]
+    with pytest.raises(CheckpointError, match="of layer 02 has numbers that float16"):
+        fill(layer.build(), layer, adapters, SINGLE)
 
 
 def assert_same(found: Adapters, expected: Adapters) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -125,13 +124,9 @@ def _belongs_to_saved(part: Part, adapters: Adapters) -> bool:
 
 
 def _alpha(spec: AdapterSpec) -> float:
-    """alpha, an integer if there is one, with alpha / rank == scaling to the last bit."""
+    """alpha with alpha / rank == scaling; an integer where it was one."""
     product = spec.scaling * spec.rank
-    near = (math.nextafter(product, -math.inf), math.nextafter(product, math.inf))
-    for alpha in (round(product), product, *near):
-        if alpha / spec.rank == spec.scaling:
-            return alpha
-    return product
+    return round(product) if round(product) / spec.rank == spec.scaling else product
 
 
 def _usual(values: Mapping[str, V]) -> V:
