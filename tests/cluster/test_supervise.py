@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -36,7 +36,9 @@ folder.write_start(rank)
 
 
 @pytest.fixture
-def run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Callable[[str, int], tuple[int, str]]:
+def run(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> Iterator[Callable[[str, int], tuple[int, str]]]:
     """run(body, world_size, rank) -> (exit status, what was printed as the reason)"""
 
     def supervise_script(body: str, world_size: int = 1, rank: int = 0) -> tuple[int, str]:
@@ -56,7 +58,10 @@ def run(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Callable[[str, int
         status = supervise(command, environment, folder, world_size)
         return status, capfd.readouterr().err
 
-    return supervise_script
+    # Under nohup it is ignored, and so it would be by what is tested.
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield supervise_script
+    signal.signal(signal.SIGHUP, before)
 
 
 def test_success_is_every_ranks_word(run: Callable[..., tuple[int, str]]) -> None:
