@@ -34,7 +34,7 @@ from neox.model.layout import (
 from neox.model.loss import output_loss, score_targets_
 from neox.model.norms import build_norm
 from neox.model.positions import RotaryTable
-from neox.model.projection import adapter_of, bias_of, look_up, project, weight_of
+from neox.model.projection import adapter_of, bias_of, look_up, project_with, weight_of
 from neox.parallel.groups import ProcessGroups
 from neox.parallel.layers import column_linear, copy_to_tensor_parallel, linear, vocab_embedding
 from neox.parallel.region import TensorParallelRegion
@@ -145,7 +145,7 @@ def _project(
     """Logits by the layer `owner`, or the mean loss: neox.model.loss.output_loss."""
     x_BSH = copy_to_tensor_parallel(x_BSH, groups)
     if labels_BS is None or loss_mask_BS is None:
-        return project(owner, x_BSH)
+        return project_with(owner, x_BSH, bias_of(owner))  # not owner(x): it may be the table
     return output_loss(x_BSH, owner, labels_BS, loss_mask_BS, groups)
 
 
@@ -164,7 +164,7 @@ def _score(
         if bias_V is not None:
             logits_VU += bias_V[:, None]
     else:
-        logits_VU = project(owner, x_UH).t().contiguous()
+        logits_VU = project_with(owner, x_UH, bias_V).t().contiguous()
     return score_targets_(logits_VU, rows_K, targets_K, vocab, groups)
 
 

@@ -249,8 +249,12 @@ def test_a_description_has_the_depth_head_and_width_of_the_files(tmp_path: Path)
     ("evidence", "buffers", "said"),
     [
         ("tensors", False, "num_attention_heads, sliding_window_width, pos_emb, "),
-        ("tensors", True, "num_attention_heads, sliding_window_width, layernorm_epsilon, "),
-        ("args", True, "does not tell sliding_window_width, layernorm_epsilon, activation, "),
+        ("tensors", True, "num_attention_heads, sliding_window_width, rotary_interleaved, "),
+        (
+            "args",
+            True,
+            "does not tell sliding_window_width, rotary_interleaved, ",
+        ),
     ],
 )
 def test_what_tensors_leave_open_is_named(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 
 import torch
@@ -139,10 +139,12 @@ class TransformersFiles:
         ]
         if len(dense) == 1:
             return dense[0]
-        first = dense[0]
-        shape = (sum(part.shape[0] for part in dense), *first.shape[1:])
+        shape = (sum(part.shape[0] for part in dense), *dense[0].shape[1:])
+        dtype = reduce(torch.promote_types, (part.dtype for part in dense))
         heads = self.config.values["num_attention_heads"]
-        return Recipe(shape, first.dtype, lambda: interleave(heads, [p.make() for p in dense]))
+        return Recipe(
+            shape, dtype, lambda: interleave(heads, [part.make().to(dtype) for part in dense])
+        )
 
     def _eight_bit(self, parts: Sequence[EightBit]) -> EightBit:
         if len(parts) == 1:
