@@ -63,7 +63,9 @@ def write_model(shape: Shape, folder: Path) -> None:
     log.quiet_third_parties()
     import torch
     from transformers import GPTJConfig, GPTJForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     torch.manual_seed(1)
     config = GPTJConfig(
         vocab_size=shape.vocab,
@@ -94,6 +96,7 @@ def engine_step(folder: Path, sequence: int) -> tuple[Callable[[], float], Any]:
 
     import torch
 
+    from neox.checkpoint.architecture import describe
     from neox.checkpoint.neox import Checkpoint
     from neox.config import from_dict
     from neox.data.loaders import Batch
@@ -103,6 +106,7 @@ def engine_step(folder: Path, sequence: int) -> tuple[Callable[[], float], Any]:
     checkpoint = Checkpoint.open(folder)
     config = from_dict(
         {
+            **describe(checkpoint),
             "load": str(folder),
             "seq_length": sequence,
             "precision": "fp32",
@@ -131,10 +135,16 @@ def engine_step(folder: Path, sequence: int) -> tuple[Callable[[], float], Any]:
 def peft(folder: Path, sequence: int) -> Turn:
     """A plain step of the peers together."""
     import torch
-    from bitsandbytes.optim import AdamW8bit
+
+    from neox.model.quantized import silently
+
+    with silently():
+        from bitsandbytes.optim import AdamW8bit
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(
         folder,
         quantization_config=BitsAndBytesConfig(load_in_8bit=True),

@@ -70,6 +70,11 @@ def _run(config: NeoXConfig, groups: ProcessGroups) -> None:
     )
     adapters = read_start(config, start, rows)
     engine = build_engine(config, groups, rows, start.checkpoint, adapters)
+    if config.lora is not None:
+        layouts = [layer.trained for layer in engine.layers if layer.has_file]
+        trained = sum(param.numel for layout in layouts for param in layout.values())
+        held = "8 bits" if config.load_in_8bit else config.dtype
+        log.info(f"lora: {trained:,} parameters are trained, the model's matrices are in {held}")
     if start.with_optimizer:
         assert start.resumed is not None
         scratch = Path(config.save or start.resumed.folder.parent)
