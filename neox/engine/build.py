@@ -10,6 +10,7 @@ from neox.checkpoint.peft import fill as fill_adapters
 from neox.config import NeoXConfig
 from neox.engine.base import Engine
 from neox.engine.deepspeed import start_deepspeed
+from neox.engine.memory import keep_freed_memory
 from neox.engine.pipelined import build_pipelined
 from neox.engine.sequential import build_sequential
 from neox.model.frozen import Frozen
@@ -53,4 +54,7 @@ def build_engine(
         frozen = Frozen.of_run(config, dtype, groups, streams)
     model = layers(config, padded_vocab_size, dtype, groups, streams, region, frozen)
     build = build_sequential if config.pipe_parallel_size == 0 else build_pipelined
-    return build(config, model, fill, streams, region, groups)
+    engine = build(config, model, fill, streams, region, groups)
+    if groups.device.type == "cpu":
+        keep_freed_memory()  # from now on: what loading took and let go is not needed again
+    return engine

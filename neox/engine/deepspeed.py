@@ -35,7 +35,6 @@ from neox.engine.checkpoint_engine import SafeCheckpointEngine, load_deepspeed_f
 from neox.engine.clipping import clip_before_steps
 from neox.engine.elastic import load_universal, universal_checkpoint
 from neox.engine.evaluating import gathered, lent
-from neox.engine.memory import keep_freed_memory
 from neox.engine.optimizers import build_optimizer
 from neox.engine.plain_state import PlainState, described, load_plain
 from neox.engine.saved_state import SavedState, ZeroState
@@ -61,8 +60,6 @@ def start_deepspeed(groups: ProcessGroups) -> None:
     # DeepSpeed asks for files with weights_only=False here and there; torch is not to listen.
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
     os.environ.setdefault("LOCAL_RANK", str(groups.rank))
-    if groups.device.type == "cpu":
-        keep_freed_memory()
     if not dist.is_initialized():  # one process: DeepSpeed needs a group even then
         backend = "nccl" if groups.device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)

@@ -38,7 +38,7 @@ def main(config: NeoXConfig, groups: ProcessGroups) -> None:
     if groups.rank == 0:
         model = find(config, checkpoint.iteration)
         results["published"] = model and published_beside(results, model)
-        known = results["answers"]["asked"] - results["answers"]["computed"]
+        known = results["answers"]["remembered"]
         if known:
             log.info(
                 f"{known} of {results['answers']['asked']} answers are of earlier runs, from "

@@ -64,7 +64,8 @@ class NeoXLM(LM):
         self.chat = chat
         self.bar = log.progress(total=0, desc="evaluating") if bar is None else bar
         self.together = together
-        self.asked = self.computed = 0  # requests so far, and those that were not known
+        # Requests so far, the different ones that were computed, and those that earlier runs knew.
+        self.asked = self.computed = self.remembered = 0
         self._load = load
         self._answers = answers or Answers(None)
 
@@ -79,6 +80,11 @@ class NeoXLM(LM):
     def _known(self) -> dict[str, Any]:
         """Answers of earlier runs, on every rank. Collective over the world."""
         return self.groups.gather(self._answers.read() if self.groups.rank == 0 else {})[0]
+
+    @cached_property
+    def _earlier(self) -> frozenset[str]:
+        """The keys that earlier runs answered."""
+        return frozenset(self._known)
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         """Per (context, continuation): the continuation's log-probability, and is it greedy.
@@ -162,6 +168,7 @@ class NeoXLM(LM):
                 first.setdefault(key, i)
         new = list(first.values())
         self.asked += len(keys)
+        self.remembered += sum(key in self._earlier for key in keys)
         self.computed += len(new)
         if new:
             self._known.update(zip((keys[i] for i in new), compute(new), strict=True))

@@ -87,6 +87,7 @@ def evaluate(
         "answers": {
             "asked": lm.asked,
             "computed": lm.computed,
+            "remembered": lm.remembered,
             "folder": str(folder) if folder else None,
         },
         "date": started,

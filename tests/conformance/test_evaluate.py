@@ -95,7 +95,12 @@ def test_the_results_say_what_was_measured(single, shared):
         single["checkpoint"] | {"folder": str(folder.resolve()), "iteration": 20}
         == (single["checkpoint"])
     )
-    assert single["answers"] == {"asked": 900, "computed": 900, "folder": None}
+    assert single["answers"] == {
+        "asked": 900,
+        "computed": 900,
+        "remembered": 0,
+        "folder": None,
+    }
     # A model with 20 steps of training behind it; it has 1152 tokens to guess from.
     perplexity = tracker_metrics(single)["eval/lambada_openai_perplexity"]
     assert 1152 < perplexity < 1152**5

@@ -144,3 +144,26 @@ def test_the_digest_of_weights_without_a_manifest_is_of_their_checksums(tmp_path
         bare = dataclasses.replace(with_manifest, manifest=None)
         digests |= {weights_digest(bare), weights_digest(with_manifest)}
     assert len(digests) == 4
+
+
+def test_a_question_asked_twice_is_no_answer_of_an_earlier_run(
+    tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    model = models.random_model()
+
+    def run() -> tuple[int, int, int]:
+        lm = NeoXLM(
+            lambda: model,
+            tokenizer,
+            model.groups,
+            model.config.seq_length,
+            batch_size=1,
+            seed=1,
+            answers=Answers(tmp_path),
+        )
+        pairs = [PAIRS[0], PAIRS[0], PAIRS[1]]
+        lm.loglikelihood([Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)])
+        return lm.asked, lm.computed, lm.remembered
+
+    assert run() == (3, 2, 0)
+    assert run() == (3, 0, 3)
