@@ -249,11 +249,11 @@ def test_a_description_has_the_depth_head_and_width_of_the_files(tmp_path: Path)
     ("evidence", "buffers", "said"),
     [
         ("tensors", False, "num_attention_heads, sliding_window_width, pos_emb, "),
-        ("tensors", True, "num_attention_heads, sliding_window_width, rotary_interleaved, "),
+        ("tensors", True, "num_attention_heads, sliding_window_width, "),
         (
             "args",
             True,
-            "does not tell sliding_window_width, rotary_interleaved, ",
+            "does not tell sliding_window_width, ",
         ),
     ],
 )

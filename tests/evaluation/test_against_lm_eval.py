@@ -39,6 +39,8 @@ def gpt_neox() -> Any:
             initializer_range=0.2,
         )
     )
+    # The rows of the vocabulary's padding stand for no token, and ours never generates one.
+    model.generation_config.suppress_tokens = list(range(280, models.VOCABULARY))
     return model.eval()
 
 
