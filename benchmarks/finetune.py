@@ -61,6 +61,7 @@ QUICK = Shape("tiny", 2, 256, 4, 2048, sequence=64, rounds=5)
 def write_model(shape: Shape, folder: Path) -> None:
     """What both load: random weights in float16, written by transformers."""
     log.quiet_third_parties()
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # transformers finds DeepSpeed, which would look
     import torch
     from transformers import GPTJConfig, GPTJForCausalLM
     from transformers.utils.logging import disable_progress_bar
