@@ -49,9 +49,16 @@ class _Product(torch.autograd.Function):
         x_TK, weight_NK = ctx.saved_tensors
         of_x, of_weight, of_bias = ctx.needs_input_grad
         grad_TN = grads[0]
+        grad_NK = None
+        if of_weight:
+            # oneDNN's operator copies a first operand that is transposed: the narrower one.
+            if weight_NK.shape[0] > weight_NK.shape[1]:
+                grad_NK = _onednn(x_TK.t(), grad_TN.t()).t()
+            else:
+                grad_NK = _onednn(grad_TN.t(), x_TK.t())
         return (
             _onednn(grad_TN, weight_NK.t()) if of_x else None,
-            _onednn(grad_TN.t(), x_TK.t()) if of_weight else None,
+            grad_NK,
             grad_TN.sum(dim=0) if of_bias else None,
         )
 
