@@ -109,8 +109,8 @@ class _OutputLoss(torch.autograd.Function):
             loss += torch.dot(losses, shares)
             if grad_scale is None:
                 continue
-            # A row of the logits' gradient is (probability - 1 at the target) * share. In float32 its
-            # factors wait for the small sides of the products: a pass less over the vocabulary.
+            # A row of the logits' gradient is (probability - 1 at the target) * share. In float32
+            # its factors wait for the small sides of the products: a pass less over V.
             of_row = shares * grad_scale
             if dtype == torch.float32:
                 _subtract_targets(logits, labels, 1.0 / scale)
