@@ -60,7 +60,8 @@ def make_model(folder: Path) -> Path:
     """Write a tokenizer, a checkpoint of random weights and their YAML; return the YAML's path."""
     import torch
 
-    from neox.checkpoint.neox import save_layer, step_folder
+    from neox.checkpoint.folders import step_folder
+    from neox.checkpoint.neox import save_layer
     from neox.config import from_dict
     from neox.model.gpt import layers
     from neox.model.init import initialize

@@ -151,7 +151,7 @@ def run_inspect(options: argparse.Namespace) -> int:
 
 
 def run_verify(options: argparse.Namespace) -> int:
-    from neox.checkpoint.neox import resolve
+    from neox.checkpoint.folders import resolve
     from neox.checkpoint.verify import verify
     from neox.config.hf import is_transformers
 

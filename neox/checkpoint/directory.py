@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from neox import log
+from neox.checkpoint.folders import step_folder
 from neox.checkpoint.manifest import Entry, Hasher, Manifest
-from neox.checkpoint.neox import step_folder
 from neox.errors import CheckpointError
 from neox.parallel.groups import ProcessGroups
 

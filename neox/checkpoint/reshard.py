@@ -16,9 +16,10 @@ from torch import Tensor
 from neox import log
 from neox.checkpoint.directory import check_writable, write_checkpoint, write_file
 from neox.checkpoint.files import save_file
+from neox.checkpoint.folders import step_folder
 from neox.checkpoint.lock import saving_alone
 from neox.checkpoint.manifest import FORWARD_PASS, Entry
-from neox.checkpoint.neox import Checkpoint, step_folder
+from neox.checkpoint.neox import Checkpoint
 from neox.checkpoint.optimizer_files import has_plain_state
 from neox.checkpoint.run_state import save_run_state
 from neox.checkpoint.sources import layer_file, load_model_file, model_file

@@ -10,8 +10,9 @@ from pathlib import Path
 from neox import log
 from neox.checkpoint.directory import has_its_files, steps
 from neox.checkpoint.files import check_crc
+from neox.checkpoint.folders import read_manifest
 from neox.checkpoint.manifest import MANIFEST, Manifest
-from neox.checkpoint.neox import Checkpoint, read_manifest
+from neox.checkpoint.neox import Checkpoint
 from neox.checkpoint.optimizer_files import optimizer_files
 from neox.checkpoint.sources import load_model_file
 from neox.errors import CheckpointError, DamageError

@@ -8,7 +8,8 @@ from torch import nn
 
 from neox import log
 from neox.checkpoint.architecture import check_architecture
-from neox.checkpoint.neox import Checkpoint, resolve
+from neox.checkpoint.folders import resolve
+from neox.checkpoint.neox import Checkpoint
 from neox.checkpoint.peft import fill as fill_adapters
 from neox.checkpoint.peft import find_adapter, read_adapters
 from neox.checkpoint.verify import tell_newer, telling_another

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 
 from neox import log
-from neox.checkpoint.neox import latest_name
+from neox.checkpoint.folders import latest_name
 from neox.config import NeoXConfig
 from neox.data.loaders import Loader
 from neox.engine.base import TrainStep

@@ -8,7 +8,8 @@ from pathlib import Path
 from neox import log
 from neox.checkpoint.architecture import check_architecture
 from neox.checkpoint.directory import steps
-from neox.checkpoint.neox import Checkpoint, holds_weights, latest_name, resolve
+from neox.checkpoint.folders import holds_weights, latest_name, resolve
+from neox.checkpoint.neox import Checkpoint
 from neox.checkpoint.optimizer_files import WITHOUT_OPTIMIZER, has_plain_state, optimizer_files
 from neox.checkpoint.peft import Adapters, find_adapter, read_adapters
 from neox.checkpoint.sources import AdapterFiles, load_model_file, model_file

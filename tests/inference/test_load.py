@@ -116,7 +116,7 @@ def test_the_last_logits_alone_are_the_last_of_all(saved: tuple[dict, Path]) -> 
 def logits_as_a_run_saves(rank: int, folder: str) -> Tensor | None:
     """Where each rank finds another `latest`, as when a run saves in the meantime."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("neox.checkpoint.neox.latest_name", lambda _: f"global_step{rank}")
+        patch.setattr("neox.checkpoint.folders.latest_name", lambda _: f"global_step{rank}")
         return logits(rank, folder, Topology(tp=2), {})
 
 

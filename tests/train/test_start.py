@@ -245,7 +245,7 @@ def start_as_a_run_saves(rank: int, directory: str, **values: Any) -> int:
     groups = initialize(Topology(dp=3), "gloo", torch.device("cpu"))
     config = config_of(world_size=3, load=directory, **values)
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("neox.checkpoint.neox", "neox.train.start"):
+        for module in ("neox.checkpoint.folders", "neox.train.start"):
             patch.setattr(f"{module}.latest_name", lambda _: f"global_step{6 - 2 * rank}")
         checkpoint = find_start(config, groups).checkpoint
         assert checkpoint is not None

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from neox.checkpoint.neox import latest_name
+from neox.checkpoint.folders import latest_name
 from neox.errors import CheckpointError
 from neox.model.gpt import Layer
 from neox.model.lora import Specs

@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from neox.checkpoint.folders import read_manifest
 from neox.checkpoint.hf.files import load_tensors
-from neox.checkpoint.neox import read_manifest
 from neox.checkpoint.peft.adapters import (
     SAFETENSORS,
     SETTINGS,
