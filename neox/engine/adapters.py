@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 from torch import Tensor
 
 from neox.checkpoint.peft import Adapters
 from neox.engine.saved_state import Place, in_memory
+from neox.model.gpt import Layer, LocalLayers
 from neox.model.shard import reshard
-
-if TYPE_CHECKING:
-    from neox.engine.deepspeed import DeepSpeedEngine
+from neox.parallel.groups import ProcessGroups
 
 
-def gathered_adapters(engine: DeepSpeedEngine) -> Adapters:
-    """The whole adapters, and what else was trained, of every layer; in fact on rank 0 only.
+def gathered_adapters(
+    layers: Sequence[Layer], local: LocalLayers, groups: ProcessGroups
+) -> Adapters:
+    """Whole adapters, and what else was trained, of all `layers`, from each rank's `local` ones.
 
-    Collective over the world.
+    Collective over the world; every rank gets them.
     """
-    groups, layouts = engine.groups, {layer.index: layer.trained for layer in engine.layers}
+    layouts = {layer.index: layer.trained for layer in layers}
     mine: dict[Place, Tensor] = {}
     if groups.dp_rank == 0:
         mine = {
             (layer.index, name): parameter.detach().cpu().clone()
-            for layer, module in engine.local
+            for layer, module in local
             if layer.has_file
             for name, parameter in module.named_parameters()
             if parameter.requires_grad
@@ -38,6 +39,6 @@ def gathered_adapters(engine: DeepSpeedEngine) -> Adapters:
     for (index, name), parts in sorted(shards.items()):
         layout = in_memory(layouts[index][name])
         tensors[index, name] = reshard([parts[rank] for rank in sorted(parts)], layout, 0, 1)
-    frozen = engine.layers[0].frozen
+    frozen = layers[0].frozen
     assert frozen is not None
     return Adapters(frozen.specs, tensors)

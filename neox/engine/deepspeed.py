@@ -149,7 +149,9 @@ class DeepSpeedEngine(ABC):
     def save(self, folder: Path, state: dict[str, Any]) -> dict[str, Entry]:
         files = self.inner.checkpoint_engine = SafeCheckpointEngine()
         layers: dict[str, Entry] = {}
-        adapters = None if self.config.lora is None else gathered_adapters(self)
+        adapters = None
+        if self.config.lora is not None:
+            adapters = gathered_adapters(self.layers, self.local, self.groups)
         try:
             if adapters is not None:
                 if self.groups.rank == 0:
