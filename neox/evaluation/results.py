@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import errno
+import itertools
 import json
 import os
 import re
@@ -47,9 +48,14 @@ def write_results(results: Mapping[str, Any], prefix: str) -> Path:
     Each task's documents go into `[{prefix}_]eval_samples_{task}_{now}.jsonl` beside it, one a
     line, as lm-eval logs them. The results name those files under "samples".
     """
-    now = datetime.datetime.now().strftime("%m-%d-%Y-%H-%M-%S")
+    now = second = datetime.datetime.now().strftime("%m-%d-%Y-%H-%M-%S")
     start = f"{prefix}_" if prefix else ""
     path = Path(f"{start}eval_results_{now}.json")
+    for number in itertools.count(2):  # several runs within a second
+        if not path.exists():
+            break
+        now = f"{second}-{number}"
+        path = Path(f"{start}eval_results_{now}.json")
     files = {}
     for task, samples in results.get("samples", {}).items():
         file = Path(f"{start}eval_samples_{re.sub(r'[^-.0-9A-Za-z]', '_', task)}_{now}.jsonl")

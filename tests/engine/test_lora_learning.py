@@ -1,4 +1,4 @@
-"""What 8 bits and recomputation cost in learning, on real text: this project's documentation."""
+"""What 8 bits cost in learning, on real text: the topics of Python's help()."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import itertools
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import Any
 
 import pytest
@@ -23,7 +24,6 @@ from neox.parallel.rng import derive_seed
 from tests.models import config_of
 from tests.world import World
 
-DOCS = Path(__file__).parents[2] / "docs"
 VOCAB, LENGTH, BATCH = 256, 32, 4
 STEPS = int(os.environ.get("NEOX_LORA_STEPS", "60"))  # 200 take a minute
 MODEL: dict[str, Any] = {
@@ -42,10 +42,9 @@ EIGHT_BIT = {"load_in_8bit": True}
 EIGHT_BIT_ADAM = {"use_bnb_optimizer": True}
 
 
-def text(names: list[str]) -> Tensor:
-    """Bytes as tokens."""
-    joined = "\n\n".join((DOCS / name).read_text(encoding="utf-8") for name in names)
-    return torch.tensor(list(joined.encode()), dtype=torch.int64)
+def text(about: str) -> Tensor:
+    """A topic's bytes as tokens."""
+    return torch.tensor(list(topics[about].encode()), dtype=torch.int64)
 
 
 def batches(tokens: Tensor) -> Iterator[Batch]:
@@ -67,7 +66,7 @@ def build(config: NeoXConfig) -> DeepSpeedEngine:
 def pretrain(rank: int, folder: str) -> float:
     """The base: a model that has read one page."""
     engine = build(config_of(**MODEL))
-    source = batches(text(["checkpoints.md"]))
+    source = batches(text("specialnames"))
     loss = [engine.train_batch(source, i, 2e-3).loss for i in range(1, 101)][-1]
     Path(folder).mkdir()
     engine.save(Path(folder), {"iteration": 100})
@@ -78,7 +77,7 @@ def finetune(rank: int, folder: str, values: dict[str, Any]) -> list[float]:
     """Losses of learning the other pages."""
     engine = build(config_of(**MODEL | LORA | values, load=folder))
     assert is_eight_bit(engine.inner.optimizer) == ("use_bnb_optimizer" in values)
-    source = batches(text(["evaluation.md", "data.md", "numerics.md"]))
+    source = batches(text("debugger"))
     return [engine.train_batch(source, i, 2e-3).loss for i in range(1, STEPS + 1)]
 
 
@@ -97,7 +96,7 @@ def last(losses: list[float]) -> float:
 def test_eight_bits_learn_as_much(world: World, base: str) -> None:
     runs = [{}, EIGHT_BIT, EIGHT_BIT | EIGHT_BIT_ADAM, EIGHT_BIT_ADAM]
     plain, held, both, adam = (world.run(1, finetune, base, values)[0] for values in runs)
-    assert last(plain) < 0.9 * plain[0], "it has learned something"
+    assert last(plain) < 0.95 * plain[0], "it has learned something"
     assert last(held) == pytest.approx(last(plain), rel=0.02)
     assert last(adam) == pytest.approx(last(plain), rel=0.02)
     assert last(both) == pytest.approx(last(held), rel=0.02)

@@ -201,3 +201,11 @@ def test_the_console_gets_our_lines_only(tokenizer, capfd):
     path = DEMO / "lambada" / "lambada_test.jsonl"
     assert out == f"lambada_openai: 40 documents in {path}, not the published ones\n"
     assert err == ""
+
+
+def test_no_results_replace_others_of_the_same_second(results, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    paths = [report.write_results(results, "") for _ in range(4)]  # in a second or two
+    assert len(set(paths)) == 4
+    names = [json.loads(path.read_text())["samples"]["piqa"] for path in paths]
+    assert len(set(names)) == 4
