@@ -37,7 +37,7 @@ from neox import log  # noqa: E402
 from neox.atomic import write_text  # noqa: E402
 
 STEPS = {1: 14_400, 2: 6_000}  # by processes: 14,400 steps of half a second are two hours
-QUICK_STEPS = {1: 200}
+QUICK_STEPS = {1: 300}
 # A batch that is kept each step makes 40. Where nothing is kept, the allocator's ups and downs have
 # made slopes between -0.9 and 0.7 over 4000 steps, and between 0 and 0.3 over 8000.
 LIMIT_MB = 1.0
