@@ -84,5 +84,10 @@ def _work(build: Build, orders: Connection) -> None:
         started = time.perf_counter()
         answer = turn(order)
         orders.send((time.perf_counter() - started, answer))
+    orders.send(peak_memory())
+
+
+def peak_memory() -> int:
+    """Bytes of this process's peak resident memory."""
     unit = 1 if sys.platform == "darwin" else 1024
-    orders.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

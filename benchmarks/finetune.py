@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-from contestants import THREADS, Contestants, Turn  # noqa: E402
+from contestants import THREADS, Contestants, Turn, peak_memory  # noqa: E402
 
 from neox import log  # noqa: E402
 from neox.atomic import write_text  # noqa: E402
@@ -222,7 +222,7 @@ def by_component(folder: Path, sequence: int) -> dict[str, float]:
     libraries = resident()
     started = time.perf_counter()
     step, engine = engine_step(folder, sequence)
-    loading, after_loading = time.perf_counter() - started, peak()
+    loading, after_loading = time.perf_counter() - started, peak_memory()
     loss = step()
     started = time.perf_counter()
     loss = step()
@@ -246,27 +246,18 @@ def by_component(folder: Path, sequence: int) -> dict[str, float]:
         "their gradients": trained,
         "optimizer state": state,
     }
-    parts["activations and workspace"] = peak() - sum(parts.values())
+    parts["activations and workspace"] = peak_memory() - sum(parts.values())
+    whole = peak_memory() / 2**30
     for name, held in parts.items():
         print(f"{name:28}{held / 2**30:8.2f} GiB")
-    print(
-        f"{'peak':28}{peak() / 2**30:8.2f} GiB, {after_loading / 2**30:.2f} of them while loading"
-    )
+    print(f"{'peak':28}{whole:8.2f} GiB, {after_loading / 2**30:.2f} of them while loading")
     print(f"loading {loading:.0f} s, a step of {sequence} tokens {seconds:.1f} s, loss {loss:.3f}")
     figures = {f"{name.replace(' ', '_')}_gib": held / 2**30 for name, held in parts.items()}
-    return {**figures, "peak_gib": peak() / 2**30, "loading_peak_gib": after_loading / 2**30}
+    return {**figures, "peak_gib": whole, "loading_peak_gib": after_loading / 2**30}
 
 
 def size(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
-
-
-def peak() -> int:
-    """Bytes of this process's peak resident memory."""
-    import resource
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def resident() -> int:

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from neox.checkpoint.hf.names import interleave
 from neox.checkpoint.lazy import LazyTensors, Recipe
 from neox.checkpoint.sources import Shard
 from neox.config import ModelConfig, mesh
@@ -113,9 +114,7 @@ class MeshFiles:
                 "cannot be read. Give --config with the model's heads."
             )
         parts = [_read(leaves[name]).T for name in ("linear/w", "linear_2/w", "linear_1/w")]
-        return torch.stack(
-            [part.unflatten(0, (heads // self.tp, -1)) for part in parts], 1
-        ).flatten(0, 2)
+        return interleave(heads // self.tp, parts)
 
     def _projection(self, leaves: mesh.Leaves, index: int) -> dict[str, Recipe]:
         if index == self._depth + 3:

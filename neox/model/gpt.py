@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -187,12 +187,12 @@ class Layer:
     forward: Callable[..., Tensor] | None = None
     frozen: Frozen | None = None
 
-    @property
+    @cached_property
     def adapters(self) -> LayerLayout:
         """The layout of its LoRA adapters; none where it is trained whole."""
         return self.frozen.adapters(self.index, self.layout) if self.frozen and self.layout else {}
 
-    @property
+    @cached_property
     def trained(self) -> LayerLayout:
         """The layout of what an optimizer changes."""
         if self.layout is None:

@@ -8,6 +8,7 @@ are made in the precision of the activations, with some rows of the weight at a 
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import math
 from collections.abc import Iterator, Sequence
@@ -136,9 +137,7 @@ def from_blocks(codes: Tensor, absmax: Tensor, table: Tensor) -> EightBit:
 
 
 def join_rows(parts: Sequence[EightBit]) -> EightBit:
-    """Weights of the same width and table one below the other."""
-    group = math.gcd(*(part.group for part in parts))
-    parts = [part.refined(group) for part in parts]
+    """Whole weights of the same width and table one below the other."""
     return EightBit(
         torch.cat([part.codes for part in parts]),
         torch.cat([part.scales for part in parts]),
@@ -153,11 +152,9 @@ def cut(whole: EightBit, layout: ParamLayout, rank: int, tp: int) -> EightBit:
     """
     if layout.split is Split.ROW:
         whole = whole.refined(math.gcd(whole.group, whole.shape[1] // tp))
-        scales = whole.scales.chunk(tp, dim=1)[rank]
-    else:
-        rows = replace(layout, shape=(layout.shape[0], whole.scales.shape[1]))
-        scales = shard(whole.scales, rows, rank, tp)
-    return EightBit(shard(whole.codes, layout, rank, tp), scales.contiguous(), whole.table)
+    of_scales = replace(layout, shape=(layout.shape[0], whole.scales.shape[1]))
+    scales = shard(whole.scales, of_scales, rank, tp)
+    return EightBit(shard(whole.codes, layout, rank, tp), scales, whole.table)
 
 
 def multiply(x: Tensor, weight: EightBit) -> Tensor:
@@ -176,6 +173,7 @@ def multiply_back(grad: Tensor, weight: EightBit) -> Tensor:
     return total
 
 
+@functools.cache
 def _bitsandbytes() -> Any:
     with silently():
         import bitsandbytes.functional

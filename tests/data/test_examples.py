@@ -16,19 +16,9 @@ from neox.errors import DataError
 from neox.tokenizer import Tokenizer, load_tokenizer
 from neox.tokenizer.chat import load_chat_template
 from tests import small_tokenizer
+from tests.data.test_preprocess_labels import CHAT, CHATML
 
 EOD = 0  # of both tokenizers used here
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-CHAT = [
-    {"role": "system", "content": "It was"},
-    {"role": "user", "content": "the best of times?"},
-    {"role": "assistant", "content": "the worst"},
-    {"role": "user", "content": "the age"},
-    {"role": "assistant", "content": "of foolishness"},
-]
 
 
 def encoder(tokenizer: Tokenizer | None = None, folder: Path | None = None) -> ExampleEncoder:
