@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import json
 from pathlib import Path
@@ -181,12 +182,19 @@ def test_a_run_goes_on_at_another_grid(world: World, tmp_path: Path) -> None:
         assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
+# Of malloc.h: from how many bytes on memory is the system's and not the heap's, and how often.
+M_MMAP_THRESHOLD, M_MMAP_MAX = -3, -4
+
+
 def step_with_peak(rank: int, base: str, values: Values) -> tuple[float, int]:
     """Loss of the second step, and by how many bytes memory rose in the two at most."""
     config, groups = make(Topology(), NO_PIPELINE | values, base)
     engine = build(config, groups)
     text = tokens(batch=64, length=17)
     source = itertools.repeat(Batch(text[:, :-1], text[:, 1:], torch.ones(64, 16)))
+    # What is freed goes back at once, else the peak counts the heap's holes as well.
+    libc = ctypes.CDLL(None)
+    assert libc.mallopt(M_MMAP_MAX, 1 << 16) and libc.mallopt(M_MMAP_THRESHOLD, 1 << 16)
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     before = _status("VmHWM")
     engine.train_batch(source, 1, 0.01)
@@ -208,7 +216,7 @@ def test_recomputation_changes_no_loss_and_takes_less_memory(world: World, tmp_p
     ((same, recomputed),) = world.run(1, step_with_peak, base, again)
     assert abs(loss - same) <= 1e-6
     # Of 7 layers more, GELU's input: 1024 positions x 4096 x 4 bytes = 16 MiB each.
-    assert kept - recomputed > 80 << 20
+    assert kept - recomputed > 7 * 16 << 20
 
 
 def test_a_resumed_run_is_the_uninterrupted_one(world: World, tmp_path: Path) -> None:
