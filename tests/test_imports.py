@@ -14,7 +14,7 @@ REPOSITORY = Path(__file__).parents[1]
 # Each step may import the steps above it in this list, and nothing of its own step.
 ORDER = [
     ["errors", "log", "atomic"],
-    ["config"],
+    ["config", "kernels"],
     ["parallel"],
     ["model"],
     ["checkpoint", "data", "tokenizer"],
@@ -29,7 +29,7 @@ ABOVE_CONFIG = tuple(f"neox.{package}" for packages in ORDER[2:] for package in 
 DOORS = {
     "yaml": ("neox.config",),
     "tqdm": ("neox.log", "neox.evaluation.adapter"),  # there for the type of a bar
-    "torch": ABOVE_CONFIG,
+    "torch": (*ABOVE_CONFIG, "neox.kernels"),
     # neox.inference.logits: arrays in and out, for other programs
     "numpy": ("neox.data", "neox.checkpoint", "neox.inference.logits"),
     "megatron": ("neox.parallel", "neox.data"),

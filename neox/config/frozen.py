@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from neox.config.fields import key, keys_of
 
@@ -52,6 +52,11 @@ class FrozenConfig:
     )
     load_in_8bit: bool = key(
         False, "Hold the model's matrices in 8 bits, block-wise as bitsandbytes has them; frozen."
+    )
+    quantize: Literal["none", "int8", "int4"] = key(
+        "none",
+        "Quantize the model's matrices while they are loaded, for generation and evaluation: int8, "
+        "or int4. On a CPU the rest is then computed in float32.",
     )
 
     @property

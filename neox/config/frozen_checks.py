@@ -81,3 +81,23 @@ def _frozen_weights_are_whole(config: NeoXConfig) -> Findings:
             "zero_optimization.stage is 3, which shards the weights that are trained; lora trains "
             "few. Use stage 0, 1 or 2, and load_in_8bit: true if the frozen ones are too large.",
         )
+
+
+@CHECKS.reading("quantize", "load_in_8bit")
+def _one_way_of_few_bits(config: NeoXConfig) -> Findings:
+    if config.quantize != "none" and config.load_in_8bit:
+        yield (
+            "quantize",
+            f"quantize is {config.quantize} and load_in_8bit is true: a weight is held in one way. "
+            "Use quantize to generate and evaluate, load_in_8bit to train adapters.",
+        )
+
+
+@CHECKS.reading("quantize", purposes=("train",))
+def _training_is_not_quantized(config: NeoXConfig) -> Findings:
+    if config.quantize != "none":
+        yield (
+            "quantize",
+            f"quantize is {config.quantize}, but quantized weights cannot be trained. Drop it; to "
+            "train adapters of a model in 8 bits, use load_in_8bit and lora.",
+        )

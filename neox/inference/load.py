@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from neox import log
@@ -18,7 +19,8 @@ from neox.config import NeoXConfig
 from neox.errors import CheckpointError
 from neox.inference.fingerprint import verify
 from neox.inference.stages import InferenceModel
-from neox.model.frozen import Frozen
+from neox.kernels.library import advise_large_pages
+from neox.model.frozen import Frozen, Storage
 from neox.model.gpt import Layer, build_layers, layers, partition, torch_dtype
 from neox.model.layout import pad_vocab_size
 from neox.parallel.groups import ProcessGroups
@@ -43,6 +45,12 @@ def open_checkpoint(config: NeoXConfig, groups: ProcessGroups) -> Checkpoint:
     return checkpoint
 
 
+def _storage(config: NeoXConfig) -> Storage:
+    if config.load_in_8bit:
+        return "8bit"
+    return "dense" if config.quantize == "none" else config.quantize
+
+
 def load_model(
     config: NeoXConfig,
     groups: ProcessGroups,
@@ -61,6 +69,8 @@ def load_model(
         check_architecture(config, checkpoint)
         rows = padded_vocab_size(config, checkpoint.padded_vocab_size, tokens)
     dtype = torch_dtype(config.dtype)
+    if config.quantize != "none" and groups.device.type == "cpu":
+        dtype = torch.float32  # what the kernels take; 16 bits are slower on most CPUs
     # Where tp does not divide the vocabulary, the last shard has rows that InferenceModel cuts off.
     padded = pad_vocab_size(rows, 1, groups.tp)
     adapters = None
@@ -69,9 +79,10 @@ def load_model(
         adapters = read_adapters(folder, config, padded)
         log.info(f"adapter: {len(adapters.specs)} matrices have adapters, from {folder}")
     frozen = None
-    if config.load_in_8bit or adapters is not None:
+    storage = _storage(config)
+    if storage != "dense" or adapters is not None:
         specs = adapters.specs if adapters is not None else {}
-        frozen = Frozen(dtype, groups, config.load_in_8bit, specs)
+        frozen = Frozen(dtype, groups, storage, specs)
     model = layers(config, padded, dtype, groups, frozen=frozen)
     mine = partition(config.num_layers, groups.pp)[groups.pp_rank]
 
@@ -83,6 +94,8 @@ def load_model(
     ):
 
         def fill(module: nn.Module, layer: Layer) -> None:
+            for parameter in module.parameters():
+                advise_large_pages(parameter.data)
             checkpoint.load_into(module, layer, groups)
             if adapters is not None:
                 fill_adapters(module, layer, adapters, groups)

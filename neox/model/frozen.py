@@ -1,9 +1,10 @@
-"""Models of which most weights are frozen: held in 8 bits, trained by adapters, or both."""
+"""Models of which most weights are frozen: held in few bits, trained by adapters, or both."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import nn
@@ -11,22 +12,27 @@ from torch import nn
 from neox.config import NeoXConfig
 from neox.model.layout import LayerLayout, ParamLayout
 from neox.model.lora import AdapterSpec, Specs, adapter_layout, attach
+from neox.model.packed import Packed
 from neox.model.quantized import EightBit
 from neox.parallel.groups import ProcessGroups
 from neox.parallel.rng import DropoutStreams
+
+Storage = Literal["dense", "8bit", "int8", "int4"]
 
 
 @dataclass(frozen=True)
 class Frozen:
     """How a layer's weights are held, and which of them are trained besides its adapters.
 
-    `eight_bit`: its matrices and its table of tokens are EightBit, for a checkpoint to fill.
+    `storage` of its matrices and its table of tokens, for a checkpoint to fill: `dense`; `8bit` is
+    EightBit; `int8` and `int4` are Packed. At 4 bits the table still has 8, unless it is the output
+    projection too: it costs memory only, not time.
     `biases` and `norms` say whether those are trained; a norm's bias is a norm's.
     """
 
     dtype: torch.dtype
     groups: ProcessGroups
-    eight_bit: bool = False
+    storage: Storage = "dense"
     specs: Specs = field(default_factory=dict)
     biases: bool = False
     norms: bool = False
@@ -41,7 +47,7 @@ class Frozen:
         return cls(
             dtype,
             groups,
-            config.load_in_8bit,
+            "8bit" if config.load_in_8bit else "dense",
             configured_specs(config),
             values["biases"],
             values["norms"],
@@ -64,14 +70,19 @@ class Frozen:
         """Make a layer that was just built, and has no values yet, what it is to be."""
         for name, parameter in module.named_parameters():
             parameter.requires_grad_(self._is_trained(name))
-        if self.eight_bit:
+        if self.storage != "dense":
             for name, param in layout.items():
                 if is_matrix(param):
                     owner = module.get_submodule(name.removesuffix(".weight"))
-                    rows, columns = param.shard_shape(self.groups.tp)
                     del owner.weight
-                    owner.weight = EightBit.empty(rows, columns)
+                    owner.weight = self._place(param)
         attach(module, layout, self.of(index), self.dtype, self.groups, self.streams)
+
+    def _place(self, param: ParamLayout) -> EightBit | Packed:
+        rows, columns = param.shard_shape(self.groups.tp)
+        if self.storage == "8bit":
+            return EightBit.empty(rows, columns)
+        return Packed(4 if self.storage == "int4" else 8, rows, columns)
 
     def _is_trained(self, name: str) -> bool:
         if "norm" in name.split(".")[-2]:

@@ -1,6 +1,7 @@
 """What the weights of the model's matrices are asked for, in whatever form a module holds them.
 
-A module's `weight` is a parameter or EightBit; it may have an `adapter` (neox.model.lora) besides.
+A module's `weight` is a parameter, EightBit or Packed; it may have an `adapter` (neox.model.lora)
+besides.
 """
 
 from __future__ import annotations
@@ -11,16 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from neox.model.lora import Adapter
+from neox.model.packed import Packed
 from neox.model.quantized import EightBit, multiply, multiply_back
 from neox.parallel.groups import ProcessGroups
 from neox.parallel.layers import linear, reduce_from_tensor_parallel
 
-Weight = Tensor | EightBit
+Weight = Tensor | EightBit | Packed
 
 
 def weight_of(owner: nn.Module) -> Weight:
     weight = owner.weight
-    assert isinstance(weight, Tensor | EightBit)
+    assert isinstance(weight, Tensor | EightBit | Packed)
     return weight
 
 
@@ -48,25 +50,28 @@ def project(owner: nn.Module, x: Tensor) -> Tensor:
 def project_with(owner: nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
     """`project` with this bias in place of the layer's own."""
     weight = weight_of(owner)
-    if isinstance(weight, Tensor):
-        y = linear(x, weight, bias)
-    else:
+    if isinstance(weight, EightBit):
         y = _FrozenProduct.apply(x, weight)
         y = y if bias is None else y + bias
+    else:
+        y = product(x, weight, bias)
     adapter = adapter_of(owner)
     return y if adapter is None else y + adapter(x)
 
 
 def product(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
-    """x W^T + bias: [..., K] -> [..., N]; has no gradient."""
+    """x W^T + bias: [..., K] -> [..., N]; has gradients where the weight is dense."""
     if isinstance(weight, Tensor):
         return linear(x, weight, bias)
+    if isinstance(weight, Packed):
+        return weight.multiply(x, bias)
     y = multiply(x, weight)
     return y if bias is None else y.add_(bias)
 
 
 def product_back(grad: Tensor, weight: Weight) -> Tensor:
     """grad W: [..., N] -> [..., K]; has no gradient."""
+    assert not isinstance(weight, Packed), "packed weights are for inference"
     return linear(grad, weight.t()) if isinstance(weight, Tensor) else multiply_back(grad, weight)
 
 

@@ -142,7 +142,7 @@ def stored_values(folder: Path) -> list[Tensor]:
 def eight_bit_rank(rank: int, folder: str, tp: int) -> dict[str, Tensor]:
     """The codes, the scales and the numbers of what one rank holds in memory, by layer and name."""
     groups = SINGLE if tp == 1 else initialize(Topology(tp=tp), "gloo", torch.device("cpu"))
-    frozen = Frozen(torch.float32, groups, eight_bit=True)
+    frozen = Frozen(torch.float32, groups, storage="8bit")
     config = config_for(folder, tp)
     checkpoint = Checkpoint.open(Path(folder))
     model = layers(config, ROWS, torch.float32, groups, frozen=frozen)

@@ -288,6 +288,7 @@ FROZEN = {
         lora                                      acts     null
         adapter                                   acts     null
         load_in_8bit                              acts     false
+        quantize                                  acts     "none"
     """,
     "EvaluationConfig": r"""
         eval_tasks                                acts     null
@@ -390,7 +391,7 @@ OURS = {  # the others are upstream's
     *("apply_chat_template", "chat_template_path"),
     *("wsd_decay_ratio", "wsd_decay_style"),
     *("rotary_interleaved", "use_bias_in_final_linear"),
-    *("lora", "adapter", "load_in_8bit"),
+    *("lora", "adapter", "load_in_8bit", "quantize"),
     *("finetune_data", "finetune_valid_data", "finetune_text_per"),
 }
 

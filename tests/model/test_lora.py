@@ -46,7 +46,7 @@ def adapted(config: NeoXConfig, groups: ProcessGroups) -> LocalLayers:
     frozen = Frozen(
         torch.float32,
         groups,
-        config.load_in_8bit,
+        "8bit" if config.load_in_8bit else "dense",
         configured_specs(config),
         values["biases"],
         values["norms"],

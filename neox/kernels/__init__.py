@@ -1,0 +1,1 @@
+"""Our own kernels for decoding on a CPU, in C++: built when they are first needed."""

@@ -1,0 +1,70 @@
+// What neox/kernels/library.py calls. Pointers are to contiguous float32 unless said otherwise.
+#include <omp.h>
+
+#include "decode.h"
+
+using namespace neox;
+
+namespace {
+
+void reserve(Activations& to, const Matrix& w, int64_t M) {
+    if (w.bits != 32) to.reserve(M, w.K, w.bits == 8 ? Format<8>::group : Format<4>::group);
+}
+
+void wait() {
+#pragma omp barrier
+}
+
+Activations& activations() {
+    static thread_local Activations own;  // the calling thread's, for its team
+    return own;
+}
+
+}  // namespace
+
+extern "C" {
+
+// y [M][N] = x [M][width] W^T + bias.
+void neox_multiply(const Matrix* w, const float* x, float* y, int64_t M, int64_t threads) {
+    Activations& quantized = activations();
+    reserve(quantized, *w, M);
+    const Output to{y, w->bias, w->N, NONE};
+#pragma omp parallel num_threads(threads)
+    multiply(*w, x, M, to, quantized, omp_get_thread_num(), omp_get_num_threads(), wait);
+}
+
+// Packs w [N][width] into codes and scales of `bits` bits.
+void neox_pack(int64_t bits, const float* w, int64_t N, int64_t width, int64_t K, uint8_t* codes, uint16_t* scales,
+               int64_t threads) {
+    const int64_t group = bits == 8 ? Format<8>::group : Format<4>::group;
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t block = 0; block < (N + LANES - 1) / LANES; block++) {
+        const float* rows = w + block * LANES * width;
+        const int64_t count = N - block * LANES < LANES ? N - block * LANES : LANES;
+        uint16_t* to = scales + block * (K / group) * LANES;
+        if (bits == 8)
+            pack_block<8>(rows, count, width, K, codes + block * Format<8>::block_bytes(K), to);
+        else
+            pack_block<4>(rows, count, width, K, codes + block * Format<4>::block_bytes(K), to);
+    }
+}
+
+// Carries out `count` operations one after the other for some rows of a cache.
+void neox_decode(const Operation* operations, int64_t count, const int64_t* row, const int64_t* length, int64_t rows,
+                 int64_t threads) {
+    const Rows which{rows, row, length};
+    Activations& quantized = activations();
+    for (int64_t i = 0; i < count; i++)
+        if (operations[i].kind == MULTIPLY) reserve(quantized, operations[i].matrix, rows);
+#pragma omp parallel num_threads(threads)
+    {
+        static thread_local std::vector<float> workspace;
+        const int thread = omp_get_thread_num(), team = omp_get_num_threads();
+        for (int64_t i = 0; i < count; i++) {
+            carry_out(operations[i], which, quantized, workspace, thread, team, wait);
+            wait();
+        }
+    }
+}
+
+}

@@ -1,0 +1,221 @@
+// Products of activations with a weight, packed (quantize.h) or dense.
+#pragma once
+
+#if defined(__AVX2__) || defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+#include "quantize.h"
+
+namespace neox {
+
+// A weight [N, width] as neox/kernels/library.py describes it.
+struct Matrix {
+    int64_t bits;  // 8, 4, or 32: dense, float32 [N][width]
+    const void* codes;
+    const uint16_t* scales;  // null where dense
+    const float* bias;       // [N] or null
+    int64_t N, width, K;     // K: the width in whole groups
+};
+
+// A part of n things in multiples of `unit`: what one of several threads does.
+struct Share {
+    int64_t first, last;
+    Share(int64_t n, int unit, int thread, int threads) {
+        const int64_t units = (n + unit - 1) / unit;
+        first = units * thread / threads * unit;
+        last = units * (thread + 1) / threads * unit;
+        if (last > n) last = n;
+    }
+};
+
+struct Output {
+    float* y;  // [M][N]
+    const float* bias;
+    int64_t N;
+    Function function;
+
+    // n < N: the first of 16 columns, of which some may be beyond the last.
+    void put(int64_t row, int64_t n, floats value) const {
+        float* to = y + row * N + n;
+        if (n + LANES <= N) {
+            if (bias) value += load<floats>(bias + n);
+            store(to, apply(function, value));
+        } else {
+            if (bias) value += load_part(bias + n, N - n);
+            value = apply(function, value);
+            std::memcpy(to, &value, (N - n) * sizeof(float));
+        }
+    }
+};
+
+// Each lane's sum plus the products of its 4 codes (unsigned) with x's 4 bytes (signed).
+// HALF: the codes are below 16.
+template <bool HALF>
+inline ints dot(ints sum, bytes codes, int32_t x) {
+#if defined(__AVX512VNNI__)
+    return (ints)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)codes, _mm512_set1_epi32(x));
+#elif defined(__AVX2__)
+    // vpmaddubsw saturates at 16 bits. Two products of at most 15 * 127 fit; two of 127 * 127 do once
+    // the code is the value's magnitude and x has its sign. `sum` then lacks 128 in every code.
+    const __m256i ones = _mm256_set1_epi16(1), four = _mm256_set1_epi32(x);
+    __m256i part[2], sums[2];
+    std::memcpy(part, &codes, sizeof codes);
+    std::memcpy(sums, &sum, sizeof sum);
+    for (int i = 0; i < 2; i++) {
+        __m256i pairs;
+        if (HALF) {
+            pairs = _mm256_maddubs_epi16(part[i], four);
+        } else {
+            const __m256i value = _mm256_xor_si256(part[i], _mm256_set1_epi8(-128));
+            pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(value), _mm256_sign_epi8(four, value));
+        }
+        sums[i] = _mm256_add_epi32(sums[i], _mm256_madd_epi16(pairs, ones));
+    }
+    std::memcpy(&sum, sums, sizeof sum);
+    return sum;
+#else
+    int8_t four[STEP];
+    std::memcpy(four, &x, sizeof four);
+    for (int lane = 0; lane < LANES; lane++) {
+        int32_t products = 0;
+        for (int k = 0; k < STEP; k++) products += int32_t(codes[lane * STEP + k]) * four[k];
+        sum[lane] += products;
+    }
+    return sum;
+#endif
+}
+
+// What `dot` begins with so that a group comes to the sum of its values' products; `sum` is that of
+// the activations.
+template <int BITS>
+inline int32_t correction(int32_t sum) {
+#if defined(__AVX2__) && !defined(__AVX512VNNI__)
+    if (BITS == 8) return 0;
+#endif
+    return -Format<BITS>::zero * sum;
+}
+
+// ROWS rows of activations times BLOCKS blocks of 16 columns.
+template <int BITS, int ROWS, int BLOCKS>
+inline void packed_tile(const Matrix& w, int64_t block, const Activations& x, int64_t row, const Output& to) {
+    constexpr int group = Format<BITS>::group;
+    constexpr int per_load = STEP * 8 / BITS;  // values of k in 64 bytes of a block
+    const int64_t K = w.K, groups = K / group, stride = Format<BITS>::block_bytes(K);
+    const uint8_t* codes = (const uint8_t*)w.codes + block * stride;
+    const uint16_t* scales = w.scales + block * groups * LANES;
+    const int8_t* values = x.values.data() + row * K;
+    floats total[ROWS][BLOCKS] = {};
+    for (int64_t g = 0; g < groups; g++) {
+        ints sum[ROWS][BLOCKS];
+        for (int r = 0; r < ROWS; r++)
+            for (int b = 0; b < BLOCKS; b++)
+                sum[r][b] = broadcast(correction<BITS>(x.sums[(row + r) * groups + g]));
+        for (int k = 0; k < group; k += per_load, codes += 64) {
+            bytes part[BLOCKS];
+            for (int b = 0; b < BLOCKS; b++) {
+                __builtin_prefetch(codes + b * stride + 2048);
+                part[b] = load<bytes>(codes + b * stride);
+            }
+            for (int r = 0; r < ROWS; r++) {
+                const int8_t* at = values + r * K + g * group + k;
+                const int32_t four = load<int32_t>(at);
+                if (BITS == 8) {
+                    for (int b = 0; b < BLOCKS; b++) sum[r][b] = dot<false>(sum[r][b], part[b], four);
+                } else {
+                    const int32_t next = load<int32_t>(at + STEP);
+                    for (int b = 0; b < BLOCKS; b++) {
+                        sum[r][b] = dot<true>(sum[r][b], part[b] & 15, four);
+                        sum[r][b] = dot<true>(sum[r][b], (bytes)((ints)part[b] >> 4) & 15, next);
+                    }
+                }
+            }
+        }
+        for (int b = 0; b < BLOCKS; b++) {
+            const floats of_weight = from_bfloat16(scales + (b * groups + g) * LANES);
+            for (int r = 0; r < ROWS; r++) {
+                const floats of_x = broadcast(x.scales[(row + r) * groups + g]);
+                total[r][b] += (to_floats(sum[r][b]) * of_x) * of_weight;
+            }
+        }
+    }
+    for (int r = 0; r < ROWS; r++)
+        for (int b = 0; b < BLOCKS; b++) to.put(row + r, (block + b) * LANES, total[r][b]);
+}
+
+template <int BITS, int BLOCKS>
+inline void packed_rows(const Matrix& w, int64_t block, const Activations& x, int64_t M, const Output& to) {
+    int64_t row = 0;
+    for (; row + 6 <= M; row += 6) packed_tile<BITS, 6, BLOCKS>(w, block, x, row, to);
+    for (; row + 2 <= M; row += 2) packed_tile<BITS, 2, BLOCKS>(w, block, x, row, to);
+    for (; row < M; row++) packed_tile<BITS, 1, BLOCKS>(w, block, x, row, to);
+}
+
+// This thread's columns of the product of quantized activations.
+template <int BITS>
+inline void multiply_packed(const Matrix& w, const Activations& x, int64_t M, const Output& to, int thread,
+                            int threads) {
+    Share blocks((w.N + LANES - 1) / LANES, 2, thread, threads);
+    int64_t block = blocks.first;
+    for (; block + 2 <= blocks.last; block += 2) packed_rows<BITS, 2>(w, block, x, M, to);
+    for (; block < blocks.last; block++) packed_rows<BITS, 1>(w, block, x, M, to);
+}
+
+// ROWS rows of x times COLUMNS rows of a dense weight; each lane of a sum takes every 16th k.
+template <int ROWS, int COLUMNS>
+inline void dense_tile(const Matrix& w, const float* x, int64_t row, int64_t n, float (*out)[LANES]) {
+    const int64_t K = w.width, rest = K % LANES;
+    const float* weight = (const float*)w.codes + n * K;
+    const float* values = x + row * K;
+    floats sum[ROWS][COLUMNS] = {};
+    auto step = [&](int64_t k, auto take) __attribute__((always_inline)) {
+        floats part[COLUMNS];
+        for (int c = 0; c < COLUMNS; c++) part[c] = take(weight + c * K + k);
+        for (int r = 0; r < ROWS; r++) {
+            const floats value = take(values + r * K + k);
+            for (int c = 0; c < COLUMNS; c++) {
+#if defined(__AVX512F__)
+                sum[r][c] = (floats)_mm512_fmadd_ps((__m512)value, (__m512)part[c], (__m512)sum[r][c]);
+#else
+                sum[r][c] += value * part[c];
+#endif
+            }
+        }
+    };
+    int64_t k = 0;
+    for (; k + LANES <= K; k += LANES) step(k, [](const float* from) { return load<floats>(from); });
+    if (rest) step(k, [rest](const float* from) { return load_part(from, rest); });
+    for (int r = 0; r < ROWS; r++)
+        for (int c = 0; c < COLUMNS; c++) out[r][c] = total(sum[r][c]);
+}
+
+// This thread's columns of x [M][width] times a dense weight, sixteen of them at a time.
+inline void multiply_dense(const Matrix& w, const float* x, int64_t M, const Output& to, int thread, int threads) {
+    const Share columns(w.N, LANES, thread, threads);
+    for (int64_t n = columns.first; n < columns.last; n += LANES) {
+        const int64_t count = w.N - n < LANES ? w.N - n : LANES;
+        for (int64_t row = 0; row < M; row += 4) {
+            const int64_t rows = M - row < 4 ? M - row : 4;
+            float out[4][LANES] = {};
+            int64_t c = 0;
+            for (; c + 4 <= count; c += 4) {
+                float part[4][LANES];
+                if (rows == 4) {
+                    dense_tile<4, 4>(w, x, row, n + c, part);
+                } else {
+                    for (int64_t r = 0; r < rows; r++) dense_tile<1, 4>(w, x, row + r, n + c, part + r);
+                }
+                for (int64_t r = 0; r < rows; r++) std::memcpy(out[r] + c, part[r], 4 * sizeof(float));
+            }
+            for (; c < count; c++)
+                for (int64_t r = 0; r < rows; r++) {
+                    float part[1][LANES];
+                    dense_tile<1, 1>(w, x, row + r, n + c, part);
+                    out[r][c] = part[0][0];
+                }
+            for (int64_t r = 0; r < rows; r++) to.put(row + r, n, load<floats>(out[r]));
+        }
+    }
+}
+
+}  // namespace neox

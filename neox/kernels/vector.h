@@ -1,0 +1,125 @@
+// Sixteen lanes at a time, in GCC's vector extensions: the compiler carries them out by whatever
+// instructions the machine has. Sums have one order, so every instruction set gives the same bits;
+// -ffp-contract=off keeps the compiler from fusing multiplications into additions where it could.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+namespace neox {
+
+typedef float floats __attribute__((vector_size(64)));     // 16 lanes
+typedef int32_t ints __attribute__((vector_size(64)));     // 16 lanes
+typedef uint16_t shorts __attribute__((vector_size(32)));  // 16 lanes
+typedef uint8_t bytes __attribute__((vector_size(64)));    // 16 lanes of 4
+
+constexpr int LANES = 16;
+
+template <class T>
+inline T load(const void* from) {
+    T value;
+    std::memcpy(&value, from, sizeof value);
+    return value;
+}
+
+template <class T>
+inline void store(void* to, T value) {
+    std::memcpy(to, &value, sizeof value);
+}
+
+// The first n < 16 values, and zeros.
+inline floats load_part(const float* from, int64_t n) {
+    floats value{};
+    std::memcpy(&value, from, n * sizeof(float));
+    return value;
+}
+
+inline floats broadcast(float value) { return floats{} + value; }
+inline ints broadcast(int32_t value) { return ints{} + value; }
+inline floats to_floats(ints value) { return __builtin_convertvector(value, floats); }
+inline ints to_ints(floats value) { return __builtin_convertvector(value, ints); }
+
+inline floats from_bfloat16(const uint16_t* from) {
+    return (floats)(__builtin_convertvector(load<shorts>(from), ints) << 16);
+}
+
+inline floats larger(floats a, floats b) { return a > b ? a : b; }
+
+// To the nearest integer, halves to the even one; |x| < 2^22.
+inline floats nearest(floats x) {
+    const floats magic = broadcast(12582912.0f);  // 1.5 * 2^23: its last bit is worth 1
+    return (x + magic) - magic;
+}
+
+// Of all lanes: the upper half is added to the lower one until one lane is left.
+inline float total(floats value) {
+    float lanes[LANES];
+    store(lanes, value);
+    for (int half = LANES / 2; half; half /= 2)
+        for (int lane = 0; lane < half; lane++) lanes[lane] += lanes[lane + half];
+    return lanes[0];
+}
+
+inline int32_t total(ints value) {
+    int32_t sum = 0;
+    for (int lane = 0; lane < LANES; lane++) sum += value[lane];
+    return sum;
+}
+
+inline float largest(floats value) {
+    float most = value[0];
+    for (int lane = 1; lane < LANES; lane++) most = value[lane] > most ? value[lane] : most;
+    return most;
+}
+
+// Within 2 units in the last place. Below e^-87 it is 0, above e^88 infinite; of NaN, NaN.
+inline floats exponential(floats x) {
+    const floats clamped = x < -87.0f ? broadcast(-87.0f) : x > 88.5f ? broadcast(88.5f) : x;
+    const floats n = nearest(clamped * 1.44269504f);
+    // ln 2 in two parts, the first of few bits so that n times it is exact (Cody and Waite).
+    const floats r = (clamped - n * 0.693359375f) - n * -2.12194440e-4f;
+    floats p = broadcast(1.9875691500e-4f);  // Cephes, expf
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    // 2^n in two factors, as n = 128 does not fit one.
+    const ints whole = to_ints(n), half = whole >> 1;
+    const floats result = p * (floats)((half + 127) << 23) * (floats)((whole - half + 127) << 23);
+    return x < -87.0f ? floats{} : x == x ? result : x;
+}
+
+inline floats sigmoid(floats x) { return 1.0f / (1.0f + exponential(-x)); }
+
+// Abramowitz and Stegun 7.1.26: within 1.5e-7.
+inline floats error_function(floats x) {
+    const floats magnitude = x < 0.0f ? -x : x;
+    const floats t = 1.0f / (1.0f + 0.3275911f * magnitude);
+    floats p = broadcast(1.061405429f);
+    p = p * t - 1.453152027f;
+    p = p * t + 1.421413741f;
+    p = p * t - 0.284496736f;
+    p = p * t + 0.254829592f;
+    const floats result = 1.0f - p * t * exponential(-magnitude * magnitude);
+    return x < 0.0f ? -result : result;
+}
+
+// A function that is applied to what a product gives; the numbers are neox/kernels/library.py's.
+enum Function : int32_t { NONE = 0, GELU_TANH = 1, GELU_ERF = 2, SILU = 3, RELU = 4 };
+
+inline floats apply(Function function, floats x) {
+    switch (function) {
+        case GELU_TANH: {  // 0.5 x (1 + tanh u) = x sigmoid(2u), u = sqrt(2 / pi) (x + 0.044715 x^3)
+            const floats u = 0.79788456f * x * (1.0f + 0.044715f * x * x);
+            return x * sigmoid(2.0f * u);
+        }
+        case GELU_ERF: return 0.5f * x * (1.0f + error_function(x * 0.70710678f));
+        case SILU: return x * sigmoid(x);
+        case RELU: return x < 0.0f ? floats{} : x;
+        default: return x;
+    }
+}
+
+}  // namespace neox
