@@ -161,60 +161,53 @@ inline void multiply_packed(const Matrix& w, const Activations& x, int64_t M, co
     for (; block < blocks.last; block++) packed_rows<BITS, 1>(w, block, x, M, to);
 }
 
-// ROWS rows of x times COLUMNS rows of a dense weight; each lane of a sum takes every 16th k.
+inline floats multiply_add(floats a, floats b, floats sum) {
+#if defined(__AVX512F__)
+    return (floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)sum);
+#else
+    return sum + a * b;
+#endif
+}
+
+// ROWS rows of x times COLUMNS rows of a dense weight [..][K], to `out`; lane l of a sum takes every
+// 16th k from l on.
 template <int ROWS, int COLUMNS>
-inline void dense_tile(const Matrix& w, const float* x, int64_t row, int64_t n, float (*out)[LANES]) {
-    const int64_t K = w.width, rest = K % LANES;
-    const float* weight = (const float*)w.codes + n * K;
-    const float* values = x + row * K;
+inline void dense_tile(const float* weight, const float* x, int64_t K, float (*out)[LANES]) {
     floats sum[ROWS][COLUMNS] = {};
     auto step = [&](int64_t k, auto take) __attribute__((always_inline)) {
         floats part[COLUMNS];
         for (int c = 0; c < COLUMNS; c++) part[c] = take(weight + c * K + k);
         for (int r = 0; r < ROWS; r++) {
-            const floats value = take(values + r * K + k);
-            for (int c = 0; c < COLUMNS; c++) {
-#if defined(__AVX512F__)
-                sum[r][c] = (floats)_mm512_fmadd_ps((__m512)value, (__m512)part[c], (__m512)sum[r][c]);
-#else
-                sum[r][c] += value * part[c];
-#endif
-            }
+            const floats value = take(x + r * K + k);
+            for (int c = 0; c < COLUMNS; c++) sum[r][c] = multiply_add(value, part[c], sum[r][c]);
         }
     };
     int64_t k = 0;
     for (; k + LANES <= K; k += LANES) step(k, [](const float* from) { return load<floats>(from); });
-    if (rest) step(k, [rest](const float* from) { return load_part(from, rest); });
+    if (k < K) step(k, [n = K - k](const float* from) { return load_part(from, n); });
     for (int r = 0; r < ROWS; r++)
         for (int c = 0; c < COLUMNS; c++) out[r][c] = total(sum[r][c]);
+}
+
+template <int ROWS>
+inline void dense_rows(const float* weight, int64_t count, const float* x, int64_t K, int64_t row, int64_t n,
+                       const Output& to) {
+    float out[ROWS][LANES] = {};
+    int64_t c = 0;
+    for (; c + 4 <= count; c += 4) dense_tile<ROWS, 4>(weight + c * K, x + row * K, K, (float(*)[LANES])(out[0] + c));
+    for (; c < count; c++) dense_tile<ROWS, 1>(weight + c * K, x + row * K, K, (float(*)[LANES])(out[0] + c));
+    for (int r = 0; r < ROWS; r++) to.put(row + r, n, load<floats>(out[r]));
 }
 
 // This thread's columns of x [M][width] times a dense weight, sixteen of them at a time.
 inline void multiply_dense(const Matrix& w, const float* x, int64_t M, const Output& to, int thread, int threads) {
     const Share columns(w.N, LANES, thread, threads);
     for (int64_t n = columns.first; n < columns.last; n += LANES) {
+        const float* weight = (const float*)w.codes + n * w.width;
         const int64_t count = w.N - n < LANES ? w.N - n : LANES;
-        for (int64_t row = 0; row < M; row += 4) {
-            const int64_t rows = M - row < 4 ? M - row : 4;
-            float out[4][LANES] = {};
-            int64_t c = 0;
-            for (; c + 4 <= count; c += 4) {
-                float part[4][LANES];
-                if (rows == 4) {
-                    dense_tile<4, 4>(w, x, row, n + c, part);
-                } else {
-                    for (int64_t r = 0; r < rows; r++) dense_tile<1, 4>(w, x, row + r, n + c, part + r);
-                }
-                for (int64_t r = 0; r < rows; r++) std::memcpy(out[r] + c, part[r], 4 * sizeof(float));
-            }
-            for (; c < count; c++)
-                for (int64_t r = 0; r < rows; r++) {
-                    float part[1][LANES];
-                    dense_tile<1, 1>(w, x, row + r, n + c, part);
-                    out[r][c] = part[0][0];
-                }
-            for (int64_t r = 0; r < rows; r++) to.put(row + r, n, load<floats>(out[r]));
-        }
+        int64_t row = 0;
+        for (; row + 4 <= M; row += 4) dense_rows<4>(weight, count, x, w.width, row, n, to);
+        for (; row < M; row++) dense_rows<1>(weight, count, x, w.width, row, n, to);
     }
 }
 

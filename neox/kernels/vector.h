@@ -53,11 +53,15 @@ inline floats nearest(floats x) {
 
 // Of all lanes: the upper half is added to the lower one until one lane is left.
 inline float total(floats value) {
-    float lanes[LANES];
-    store(lanes, value);
-    for (int half = LANES / 2; half; half /= 2)
-        for (int lane = 0; lane < half; lane++) lanes[lane] += lanes[lane + half];
-    return lanes[0];
+    typedef float eight __attribute__((vector_size(32)));
+    typedef float four __attribute__((vector_size(16)));
+    eight halves[2];
+    std::memcpy(halves, &value, sizeof value);
+    const eight of_eight = halves[0] + halves[1];
+    four quarters[2];
+    std::memcpy(quarters, &of_eight, sizeof of_eight);
+    const four of_four = quarters[0] + quarters[1];
+    return (of_four[0] + of_four[2]) + (of_four[1] + of_four[3]);
 }
 
 inline int32_t total(ints value) {
