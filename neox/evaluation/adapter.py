@@ -129,19 +129,11 @@ class NeoXLM(LM):
         def compute(new: Sequence[int]) -> list[str]:
             mine = new[self.groups.dp_rank :: self.groups.dp]
             self.bar.total += len(mine)
-            asked = [self._request(*requests[i].args, index=i) for i in mine]
-            texts = dict.fromkeys(mine, "")
-            rows = self.batch_size or AUTOMATIC_ROWS
-            for number, progress in decode_all(self.model, self.tokenizer, asked, rows):
-                i = mine[number]
-                texts[i] += progress.text
-                if progress.finish == "error":
-                    raise NotFiniteError(progress.message)
-                if progress.finish is not None:
-                    if self._speaks:
-                        self._answers.keep({keys[i]: texts[i]})
-                    self.bar.update()
-            return [text for _, text in sorted(self._from_replicas(texts).items())]
+            texts = self._from_replicas(self._write(mine, requests, keys))
+            wrong = [text for text in texts.values() if isinstance(text, NotFiniteError)]
+            if wrong:
+                raise wrong[0]
+            return [text for _, text in sorted(texts.items())]
 
         return self._answer(keys, compute)
 
@@ -241,6 +233,29 @@ class NeoXLM(LM):
         if self.groups.rank == 0:  # pieces may be of several replicas, and an empty text has none
             self._answers.keep({keys[i]: answers[i] for i in range(len(pairs)) if not whole[i]})
         return answers
+
+    def _write(
+        self, mine: Sequence[int], requests: Sequence[Instance], keys: Sequence[str]
+    ) -> dict[int, Any]:
+        """The text of each of this replica's requests, or why there is none, by its number.
+
+        Each text is written down under its key as soon as it is there. Collective over the replica.
+        """
+        asked = [self._request(*requests[i].args, index=i) for i in mine]
+        texts: dict[int, Any] = dict.fromkeys(mine, "")
+        rows = self.batch_size or AUTOMATIC_ROWS
+        for number, progress in decode_all(self.model, self.tokenizer, asked, rows):
+            i = mine[number]
+            texts[i] += progress.text
+            if progress.finish == "error":
+                texts[i] = NotFiniteError(progress.message)
+                if not self.together:
+                    raise texts[i]
+            elif progress.finish is not None:
+                if self._speaks:
+                    self._answers.keep({keys[i]: texts[i]})
+                self.bar.update()
+        return texts
 
     def _request(self, context: str, options: dict[str, Any], index: int) -> Request:
         """To continue `context`; `index` numbers the request, for its random numbers."""

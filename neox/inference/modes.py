@@ -110,7 +110,7 @@ def write_completions(
     """Complete every prompt; write one JSON object a line, in the order of the prompts.
 
     Each line is written as soon as it and those before it are there, so whatever stops the run,
-    these results are in the file. Rank 0 writes. Replica r takes the prompts r, r + dp, r + 2 dp, ...
+    these results are in the file. Rank 0 writes. Replica r takes the prompts r, r + dp, ...
     Collective over the world. Raises DataError when the file cannot be written, say on a full disk.
     """
     try:
@@ -138,8 +138,8 @@ def _write_completions(
         results = completions(model, tokenizer, config, own, bar.update)
         for first in range(0, count, groups.dp):
             bar.set_description(f"Generating, prompt {first + 1} of {count}")
-            result = next(results, None)  # none on a replica whose prompts are done
-            for number, result in enumerate(_gather(result, groups), start=first + 1):
+            own_result = next(results, None)  # none on a replica whose prompts are done
+            for number, result in enumerate(_gather(own_result, groups), start=first + 1):
                 file.write(json.dumps(result) + "\n")
                 file.flush()
                 if result["message"] is not None:

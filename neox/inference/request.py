@@ -9,7 +9,7 @@ from typing import Literal
 from torch import Tensor
 
 from neox.errors import RequestError
-from neox.inference.sampling import Sampling
+from neox.inference.sampling import GREEDY, Sampling
 
 # Why an answer ended: `stop` at the end of the document or before a stop string, `length` at
 # maximum_tokens or where nothing more fits, `error` because its logits are not finite numbers.
@@ -37,7 +37,7 @@ class Request:
     prompt: tuple[int, ...]
     maximum_tokens: int
     minimum_tokens: int = 0
-    sampling: Sampling = Sampling()
+    sampling: Sampling = GREEDY
     stop: tuple[str, ...] = ()
     logprobs: int | None = None
     seed: int = 0

@@ -45,6 +45,9 @@ class Sampling:
         return self.temperature == 0 and self.top_k == 0 and self.top_p == 0
 
 
+GREEDY = Sampling()
+
+
 def prompt_seed(seed: int, index: int) -> int:
     """The seed of prompt `index` of a run: its samples do not depend on the other prompts."""
     return derive_seed(seed, "prompt", index)

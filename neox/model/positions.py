@@ -64,9 +64,9 @@ def rotate_(
     """Turn the first rotary_dim elements of every query and key head, in the memory of `heads`.
 
     `heads` is what the projection made, [S, B, ...]; `parts` gives its views of queries, keys and
-    values, [S, B, heads, D]. Angles are [S, B, rotary_dim], or [S, 1, rotary_dim] where they are the
-    same for all B. In place, because copies of all heads would be a quarter of what a layer keeps
-    for its backward pass.
+    values, [S, B, heads, D]. Angles are [S, B, rotary_dim], or [S, 1, rotary_dim] if they are those
+    of all B. In place, because copies of all heads would be a quarter of what a layer keeps for its
+    backward pass.
     """
     return _Rotation.apply(parts, heads, cos_SBD, sin_SBD, interleaved)
 

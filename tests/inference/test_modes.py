@@ -130,7 +130,12 @@ def test_finished_results_survive_a_crash(prompts):
         return mixed(history)
 
     with pytest.raises(RuntimeError, match="power cut"):
-        run(config(text_gen_type="input-file", sample_input_file=str(prompts)), crashes)
+        run(
+            config(
+                text_gen_type="input-file", sample_input_file=str(prompts), generate_batch_size=2
+            ),
+            crashes,
+        )
     lines = (prompts.parent / "prompts.txt.output.jsonl").read_text().splitlines()
     assert [json.loads(line)["context"] for line in lines] == ["one", "two"]
 
