@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -98,37 +99,32 @@ def check(request: Request, vocabulary: int, max_length: int) -> None:
         raise RequestError(problem)
 
 
-def _problems(request: Request, vocabulary: int, max_length: int) -> list[str]:
+def _problems(request: Request, vocabulary: int, max_length: int) -> Iterator[str]:
     sampling, most = request.sampling, request.maximum_tokens
-    strange = [token for token in request.prompt if not 0 <= token < vocabulary]
+    if not request.prompt:
+        yield "the prompt is empty: it needs one token at least"
+    for token in request.prompt:
+        if not 0 <= token < vocabulary:
+            yield f"the prompt holds the token {token}, but tokens are 0 to {vocabulary - 1}"
     full = no_room(len(request.prompt), max_length)
-    rules = [
-        (not request.prompt, "the prompt is empty: it needs one token at least"),
-        (
-            bool(strange),
-            f"the prompt holds the token {strange[:1]}, but tokens are 0 to {vocabulary - 1}",
-        ),
-        (full is not None, full or ""),
-        (most < 1, f"maximum_tokens is {most}: set 1 or more"),
-        (
-            not 0 <= request.minimum_tokens <= max(most, 0),
-            f"minimum_tokens is {request.minimum_tokens}: set 0 to maximum_tokens, {most}",
-        ),
-        (
-            not (math.isfinite(sampling.temperature) and sampling.temperature >= 0),
-            f"temperature is {sampling.temperature}: set a number of 0 or more",
-        ),
-        (sampling.top_k < 0, f"top_k is {sampling.top_k}: set 0, for all, or more"),
-        (not 0 <= sampling.top_p <= 1, f"top_p is {sampling.top_p}: set 0 to 1"),
-        (
-            not 1 / LARGEST_PENALTY <= sampling.repetition_penalty <= LARGEST_PENALTY,
+    if full is not None:
+        yield full
+    if most < 1:
+        yield f"maximum_tokens is {most}: set 1 or more"
+    if not 0 <= request.minimum_tokens <= most:
+        yield f"minimum_tokens is {request.minimum_tokens}: set 0 to maximum_tokens, {most}"
+    if not (math.isfinite(sampling.temperature) and sampling.temperature >= 0):
+        yield f"temperature is {sampling.temperature}: set a number of 0 or more"
+    if sampling.top_k < 0:
+        yield f"top_k is {sampling.top_k}: set 0, for all, or more"
+    if not 0 <= sampling.top_p <= 1:
+        yield f"top_p is {sampling.top_p}: set 0 to 1"
+    if not 1 / LARGEST_PENALTY <= sampling.repetition_penalty <= LARGEST_PENALTY:
+        yield (
             f"repetition_penalty is {sampling.repetition_penalty}: set a number from "
-            f"{1 / LARGEST_PENALTY:g} to {LARGEST_PENALTY:g}; 1 does nothing",
-        ),
-        ("" in request.stop, "a stop string is empty: leave it out"),
-        (
-            not 0 <= (request.logprobs or 0) <= vocabulary,
-            f"logprobs is {request.logprobs}: set 0 to {vocabulary}, the number of tokens",
-        ),
-    ]
-    return [problem for wrong, problem in rules if wrong]
+            f"{1 / LARGEST_PENALTY:g} to {LARGEST_PENALTY:g}; 1 does nothing"
+        )
+    if "" in request.stop:
+        yield "a stop string is empty: leave it out"
+    if not 0 <= (request.logprobs or 0) <= vocabulary:
+        yield f"logprobs is {request.logprobs}: set 0 to {vocabulary}, the number of tokens"
