@@ -393,6 +393,7 @@ OURS = {  # the others are upstream's
     *("rotary_interleaved", "use_bias_in_final_linear"),
     *("lora", "adapter", "load_in_8bit"),
     *("finetune_data", "finetune_valid_data", "finetune_text_per"),
+    "generate_batch_size",
 }
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from neox.inference.cache import KVCache
-from neox.model.cached_attention import Run, attend_by_runs, attend_together
+from neox.model.cached_attention import Run, attend_by_runs, attend_cached, attend_together
 
 
 def make(rows: int = 3, max_length: int = 8) -> KVCache:
@@ -61,6 +61,24 @@ def test_attention_is_its_definition(attend, rows, lengths, new, window):
                 seen = slice(0 if window is None else max(0, at - window), at + 1)
                 weights = (keys_TD[seen] @ q[b, head, s] / 5**0.5).softmax(0)
                 torch.testing.assert_close(got[b, head, s], weights @ values_TD[seen])
+
+
+@pytest.mark.parametrize("kv_heads", [4, 8])
+@pytest.mark.parametrize("new", [1, 33])
+@pytest.mark.parametrize("lengths", [[300, 300, 300], [300, 7, 257]])
+def test_a_row_gets_the_same_bits_in_any_company(lengths, new, kv_heads):
+    def cache() -> KVCache:
+        made = KVCache(1, 3, kv_heads, 340, 64, torch.float32, "cpu")
+        for memory in (made.keys_LRKTD, made.values_LRKTD):
+            memory.normal_(generator=torch.Generator().manual_seed(1))
+        return made
+
+    q, k, v = (torch.randn(3, heads, new, 64) for heads in (8, kv_heads, kv_heads))
+    got = attend_cached(q, k, v, cache().view([0, 1, 2], lengths, new).layer(0), None)
+    for b, length in enumerate(lengths):
+        alone = cache().view([b], [length], new).layer(0)
+        own = slice(b, b + 1)
+        assert torch.equal(got[own], attend_cached(q[own], k[own], v[own], alone, None))
 
 
 @pytest.mark.parametrize("attend", [attend_by_runs, attend_together])
