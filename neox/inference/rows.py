@@ -58,10 +58,11 @@ class Rows:
         source = max(self._rows, key=lambda row: (shared[row.index], as_it_is[row.index]))
         length, row = shared[source.index], source
         if length == 0 or not as_it_is[source.index]:
+            if length:
+                self._touch(source)
             row = min((row for row in self._rows if row.free), key=_worth)
-        if length and row is not source:
-            self._cache.copy(source.index, row.index, length)
-            self._touch(source)
+            if length and row is not source:
+                self._cache.copy(source.index, row.index, length)
         row.free, row.adapter = False, adapter
         row.known, row.length = list(prompt[:length]), length
         return row

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +37,7 @@ class Span:
         self.positions_BS = (self.lengths_B[:, None] + torch.arange(new)).to(device)
         self.runs = list(_runs(rows, lengths))
         self._angles: tuple[Tensor, Tensor] | None = None
-        self._masks: dict[tuple[int, int], Tensor] = {}
+        self._masks: dict[int | None, Tensor] = {}  # a model's layers have all the same window
 
     def angles(self, rotary: RotaryTable, like: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin of the new positions, [S, B, rotary_dim], looked up by the first layer."""
@@ -44,13 +45,27 @@ class Span:
             self._angles = rotary.angles_at(self.positions_BS.t(), self.stop, like)
         return self._angles
 
-    def mask(self, run: Run, first: int, window: int | None) -> Tensor:
-        """[S, T - first] of what the new positions of a run see of those from `first` on."""
-        key = (run.length, first)
+    @cached_property
+    def rows_on_device_B(self) -> Tensor:
+        return self.rows_B.to(self.positions_BS.device)
+
+    @cached_property
+    def which(self) -> slice | Tensor:
+        """What of a cache are these rows: neighbours as they are, others to be copied."""
+        rows = self.rows_B.tolist()
+        if rows == list(range(rows[0], rows[0] + len(rows))):
+            return slice(rows[0], rows[0] + len(rows))
+        return self.rows_on_device_B
+
+    def mask(self, window: int | None, run: Run | None = None, first: int = 0) -> Tensor:
+        """What the new positions see of those from `first` on: [B, 1, S, T], of a run [S, T]."""
+        key = None if run is None else run.first
         if key not in self._masks:
-            positions_S = self.positions_BS[run.batch.start]
-            columns_T = torch.arange(first, run.length + self.new, device=positions_S.device)
-            self._masks[key] = _sees(positions_S, columns_T, window)
+            positions = self.positions_BS[:, None] if run is None else self.positions_BS[run.first]
+            stop = self.stop if run is None else run.length + self.new
+            distance = positions[..., None] - torch.arange(first, stop, device=positions.device)
+            sees = distance >= 0
+            self._masks[key] = sees if window is None else sees & (distance <= window)
         return self._masks[key]
 
 
@@ -61,6 +76,11 @@ class Run:
     batch: slice
     rows: slice
     length: int
+
+    @property
+    def first(self) -> int:
+        """Its first row's place in the pass."""
+        return int(self.batch.start)
 
 
 def _runs(rows: Sequence[int], lengths: Sequence[int]) -> Iterator[Run]:
@@ -113,7 +133,7 @@ def attend_by_runs(
         windowed = window is not None and window < stop - 1
         mask = None
         if span.new > 1 and (run.length > 0 or windowed):
-            mask = span.mask(run, first, window)
+            mask = span.mask(window, run, first)
         contexts.append(
             F.scaled_dot_product_attention(
                 q_BNSD[run.batch],
@@ -136,26 +156,13 @@ def attend_together(
     where they are, others are copied.
     """
     span = cache.span
-    device = q_BNSD.device
-    rows_B = span.rows_B.to(device)
-    at = rows_B[:, None], slice(None), span.positions_BS
+    at = span.rows_on_device_B[:, None], slice(None), span.positions_BS
     cache.keys_RKTD[at] = k_BKSD.transpose(1, 2)
     cache.values_RKTD[at] = v_BKSD.transpose(1, 2)
-    first, last = int(span.rows_B[0]), int(span.rows_B[-1])
-    neighbours = span.rows_B.tolist() == list(range(first, last + 1))
-    which = slice(first, last + 1) if neighbours else rows_B
-    columns_T = torch.arange(span.stop, device=device)
     return F.scaled_dot_product_attention(
         q_BNSD,
-        cache.keys_RKTD[which][:, :, : span.stop],
-        cache.values_RKTD[which][:, :, : span.stop],
-        attn_mask=_sees(span.positions_BS, columns_T, window)[:, None],
+        cache.keys_RKTD[span.which][:, :, : span.stop],
+        cache.values_RKTD[span.which][:, :, : span.stop],
+        attn_mask=span.mask(window),
         enable_gqa=q_BNSD.shape[1] != k_BKSD.shape[1],
     )
-
-
-def _sees(positions: Tensor, columns_T: Tensor, window: int | None) -> Tensor:
-    """[..., S, T] of what queries at these positions [..., S] see."""
-    distance = positions[..., None] - columns_T
-    sees = distance >= 0
-    return sees if window is None else sees & (distance <= window)
