@@ -21,5 +21,9 @@ class DataError(NeoXError):
     """A dataset, tokenizer file or prompt file is missing, damaged, or unusable."""
 
 
+class RequestError(NeoXError):
+    """What a model is asked to generate cannot be: the prompt is too long, say."""
+
+
 class DivergenceError(NeoXError):
     """The loss or a gradient is no number any more; to start again would come to the same."""

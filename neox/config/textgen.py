@@ -23,6 +23,7 @@ class TextGenConfig:
     top_p: float = key(0.0, "Sample from the likeliest tokens of this total.", low=0, high=1)
     top_k: int = key(0, "Sample from this many likeliest tokens.", low=0)
     maximum_tokens: int = key(64, "Tokens to generate for a prompt.", low=1)
+    generate_batch_size: int = key(16, "Prompts to complete at the same time.", low=1)
     num_samples: int = key(1, "Samples of an unconditional run.", low=1)
     prompt_end: str = key("\n", "What separates the prompts of a file.")
     sample_input_file: str | None = key(None, "The prompts.")

@@ -20,13 +20,16 @@ from neox import log
 from neox.engine.memory import keep_freed_memory
 from neox.errors import ConfigError
 from neox.evaluation.answers import Answers, digest
-from neox.evaluation.scoring import Pair, Scorer
-from neox.inference.generate import generate
-from neox.inference.sampling import Sampling, prompt_generator
+from neox.evaluation.scoring import NotFiniteError, Pair, Scorer
+from neox.inference.decoder import decode_all
+from neox.inference.request import Request
+from neox.inference.sampling import Sampling, prompt_seed
 from neox.inference.stages import InferenceModel
 from neox.parallel.groups import ProcessGroups
 from neox.tokenizer import Tokenizer
 from neox.tokenizer.chat import ChatTemplate
+
+AUTOMATIC_ROWS = 16  # texts that are written at the same time when no batch size is given
 
 
 class NeoXLM(LM):
@@ -126,14 +129,11 @@ class NeoXLM(LM):
         def compute(new: Sequence[int]) -> list[str]:
             mine = new[self.groups.dp_rank :: self.groups.dp]
             self.bar.total += len(mine)
-            texts: dict[int, str] = {}
-            for i in mine:
-                context, options = requests[i].args
-                texts[i] = self._continue(context, options, index=i)
-                if self._speaks:
-                    self._answers.keep({keys[i]: texts[i]})
-                self.bar.update()
-            return [text for _, text in sorted(self._from_replicas(texts).items())]
+            texts = self._from_replicas(self._write(mine, requests, keys))
+            wrong = [text for text in texts.values() if isinstance(text, NotFiniteError)]
+            if wrong:
+                raise wrong[0]
+            return [text for _, text in sorted(texts.items())]
 
         return self._answer(keys, compute)
 
@@ -234,30 +234,40 @@ class NeoXLM(LM):
             self._answers.keep({keys[i]: answers[i] for i in range(len(pairs)) if not whole[i]})
         return answers
 
-    def _continue(self, context: str, options: dict[str, Any], index: int) -> str:
-        """The text after `context`; `index` numbers the request, for its random stream."""
+    def _write(
+        self, mine: Sequence[int], requests: Sequence[Instance], keys: Sequence[str]
+    ) -> dict[int, Any]:
+        """The text of each of this replica's requests, or why there is none, by its number.
+
+        Each text is written down under its key as soon as it is there. Collective over the replica.
+        """
+        asked = [self._request(*requests[i].args, index=i) for i in mine]
+        texts: dict[int, Any] = dict.fromkeys(mine, "")
+        rows = self.batch_size or AUTOMATIC_ROWS
+        for number, progress in decode_all(self.model, self.tokenizer, asked, rows):
+            i = mine[number]
+            texts[i] += progress.text
+            if progress.finish == "error":
+                texts[i] = NotFiniteError(progress.message)
+                if not self.together:
+                    raise texts[i]
+            elif progress.finish is not None:
+                if self._speaks:
+                    self._answers.keep({keys[i]: texts[i]})
+                self.bar.update()
+        return texts
+
+    def _request(self, context: str, options: dict[str, Any], index: int) -> Request:
+        """To continue `context`; `index` numbers the request, for its random numbers."""
         until, limit, sampling = generation_options(options, self.max_length)
-        eod = self.tokenizer.eod
-        prompt = self.tokenizer.tokenize(context)[-(self.max_length - limit) :] or [eod]
-        text = ""
-        tokens: list[int] = []
-        for token, _ in generate(
-            self.model,
-            prompt,
+        prompt = self.tokenizer.tokenize(context)[-(self.max_length - limit) :]
+        return Request(
+            prompt=tuple(prompt or [self.tokenizer.eod]),
             maximum_tokens=limit,
             sampling=sampling,
-            generator=prompt_generator(self.seed, index),
-            eod=eod,
-            vocabulary=self.tokenizer.vocab_size,
-        ):
-            if token != eod:
-                tokens.append(token)
-                text = self.tokenizer.detokenize(tokens)
-            if any(stop in text for stop in until):
-                break
-        for stop in until:
-            text = text.split(stop)[0]
-        return text
+            stop=tuple(until),
+            seed=prompt_seed(self.seed, index),
+        )
 
 
 def generation_options(options: dict[str, Any], seq_length: int) -> tuple[list[str], int, Sampling]:

@@ -1,73 +1,69 @@
-"""The keys and values of the tokens seen so far: one explicit object that a forward pass is handed.
+"""The keys and values of the tokens seen so far: memory for a number of rows.
 
-Shape letters: B batch rows, N key/value heads of this rank, S new tokens, T tokens so far,
-D head dimension.
+Shape letters: L layers of this rank's stage, R rows, K key/value heads of this rank, T positions
+that a row can hold, D head dimension.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
-from torch import Tensor
+
+from neox.model.cached_attention import LayerCache, Span
 
 
 class KVCache:
     """Keys and values of one stage's layers, in memory allocated once and never moved.
 
-    A forward pass appends to every layer at the same position, `length`, and then calls
-    `advance`; until then the cache still describes the tokens before the pass.
+    It is memory and knows nothing of what is in it: who uses it knows how long each row is, and
+    says so for every pass (`view`).
     """
 
     def __init__(
         self,
         num_layers: int,
-        batch_size: int,
+        rows: int,
         kv_heads_local: int,
         max_length: int,
         head_dim: int,
         dtype: torch.dtype,
         device: torch.device | str,
     ) -> None:
-        shape = (num_layers, batch_size, kv_heads_local, max_length, head_dim)
-        # Unset memory: nothing is read before it is written, and the system hands out its pages
-        # only as the sequence grows.
-        keys = torch.empty(shape, dtype=dtype, device=device)
-        values = torch.empty(shape, dtype=dtype, device=device)
+        shape = (num_layers, rows, kv_heads_local, max_length, head_dim)
+        # On a CPU unset memory: the system hands out its pages as rows grow, and nothing is read
+        # before it is written. Elsewhere what is masked is multiplied by 0, and has to be finite.
+        allocate = torch.empty if torch.device(device).type == "cpu" else torch.zeros
+        self.keys_LRKTD = allocate(shape, dtype=dtype, device=device)
+        self.values_LRKTD = allocate(shape, dtype=dtype, device=device)
+        self.rows = rows
         self.max_length = max_length
-        self.length = 0
-        self._layers = [LayerCache(self, k, v) for k, v in zip(keys, values, strict=True)]
+
+    def view(self, rows: Sequence[int], lengths: Sequence[int], new: int) -> CacheView:
+        """For a pass that gives each of `rows`, which holds `lengths` positions, `new` more."""
+        span = Span(rows, lengths, new, self.keys_LRKTD.device)
+        assert span.stop <= self.max_length, f"{span.stop} positions exceed {self.max_length}"
+        return CacheView(self, span)
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Give a row the first `length` positions of another."""
+        for memory in (self.keys_LRKTD, self.values_LRKTD):
+            memory[:, target, :, :length] = memory[:, source, :, :length]
+
+    def erase(self, row: int) -> None:
+        """Set a row to 0, in case it holds what is no number."""
+        self.keys_LRKTD[:, row] = 0
+        self.values_LRKTD[:, row] = 0
+
+
+@dataclass(frozen=True)
+class CacheView:
+    """What a forward pass is handed: the memory, and which rows it continues."""
+
+    memory: KVCache
+    span: Span
 
     def layer(self, i: int) -> LayerCache:
-        """The cache of the `i`-th layer of this stage that has attention, counted from 0."""
-        return self._layers[i]
-
-    def advance(self, n: int) -> None:
-        """Count `n` more tokens as seen, once every layer has appended them."""
-        assert self.length + n <= self.max_length, (
-            f"{self.length} + {n} tokens exceed {self.max_length}"
-        )
-        self.length += n
-
-
-class LayerCache:
-    """One layer's part of a `KVCache`."""
-
-    def __init__(self, cache: KVCache, keys_BNTD: Tensor, values_BNTD: Tensor) -> None:
-        self._cache = cache
-        self._keys_BNTD = keys_BNTD
-        self._values_BNTD = values_BNTD
-
-    @property
-    def length(self) -> int:
-        """Tokens seen before this forward pass: the position of the first new one."""
-        return self._cache.length
-
-    def append(self, k_BNSD: Tensor, v_BNSD: Tensor) -> tuple[Tensor, Tensor]:
-        """Store S new keys and values; return all T = length + S of each as views (BNTD)."""
-        start = self._cache.length
-        stop = start + k_BNSD.size(2)
-        assert stop <= self._cache.max_length, (
-            f"{stop} tokens exceed the cache's {self._cache.max_length}"
-        )
-        self._keys_BNTD[:, :, start:stop] = k_BNSD
-        self._values_BNTD[:, :, start:stop] = v_BNSD
-        return self._keys_BNTD[:, :, :stop], self._values_BNTD[:, :, :stop]
+        """Of the `i`-th layer of this stage that has attention, counted from 0."""
+        return LayerCache(self.memory.keys_LRKTD[i], self.memory.values_LRKTD[i], self.span)

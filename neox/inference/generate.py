@@ -1,17 +1,22 @@
-"""The decoding loop: tokens from a model one after another, and a prompt's whole completion."""
+"""Completions of prompts as a configuration asks for them."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from neox.config import ModelConfig, NeoXConfig
+from neox.config import NeoXConfig
 from neox.errors import CheckpointError
-from neox.inference.sampling import Sampling, choose, prompt_generator
+from neox.inference.answer import Answer
+from neox.inference.choosing import choose_all
+from neox.inference.decoder import decode_all
+from neox.inference.request import Progress, Request, no_room
+from neox.inference.sampling import Sampling, prompt_seed
 from neox.inference.stages import InferenceModel
 from neox.tokenizer import Tokenizer
 
@@ -20,58 +25,7 @@ NOT_STARTED = "WARNING: text generation did not start; try different batching or
 
 class Step(NamedTuple):
     token: int
-    logits_V: Tensor | None  # fp32, what the token was chosen from; on the last stage only
-
-
-@torch.inference_mode()
-def generate(
-    model: InferenceModel,
-    prompt: Sequence[int],
-    *,
-    maximum_tokens: int,
-    sampling: Sampling,
-    generator: torch.Generator,
-    eod: int,
-    vocabulary: int,
-    recompute: bool = False,
-) -> Iterator[Step]:
-    """Yield the tokens that follow `prompt`, one a forward pass, until `eod` (yielded last).
-
-    At most `maximum_tokens` come, and prompt and tokens together need to fit seq_length (`room`).
-    Collective over the ranks of one replica: they iterate in step and see the same tokens, and may
-    all stop early at the same token. The last stage chooses; `generator` matters there only.
-    vocabulary: the tokenizer's tokens. The padded vocabulary has rows beyond, which stand for no
-    token and are never chosen.
-    recompute: run the whole sequence again for every token instead of keeping a cache.
-    """
-    assert prompt, "a prompt has at least one token"
-    assert maximum_tokens <= room(model.config, prompt), "more tokens asked for than there is room"
-    sequence = list(prompt)
-    new = sequence
-    cache = None if recompute else model.new_cache(1, len(prompt) + maximum_tokens)
-    for _ in range(maximum_tokens):
-        logits_BSV = model(torch.tensor([new], device=model.device), cache, last_only=True)
-        token_B = torch.zeros(1, dtype=torch.int64, device=model.device)
-        logits_V = None
-        if logits_BSV is not None:
-            logits_BV = _finite(logits_BSV[:, -1], len(sequence))
-            token_B = choose(logits_BV[:, :vocabulary], sampling, generator)
-            logits_V = logits_BV[0]
-        token = int(model.broadcast(token_B))
-        yield Step(token, logits_V)
-        if token == eod:
-            return
-        sequence.append(token)
-        new = sequence if recompute else [token]
-
-
-def _finite(logits_BV: Tensor, length: int) -> Tensor:
-    if not logits_BV.isfinite().all():
-        raise CheckpointError(
-            f"the model's logits after {length} tokens are not finite numbers: the checkpoint is "
-            "damaged, or its activations overflow this precision; try `precision: fp32`"
-        )
-    return logits_BV
+    logits_V: Tensor | None  # fp32, what the token was chosen from; on one rank only
 
 
 def encode(tokenizer: Tokenizer, text: str) -> list[int]:
@@ -79,18 +33,14 @@ def encode(tokenizer: Tokenizer, text: str) -> list[int]:
     return tokenizer.tokenize(text) or [tokenizer.eod]
 
 
-def room(config: ModelConfig, prompt: Sequence[int]) -> int:
-    """How many tokens fit after `prompt`; negative when the prompt itself does not fit."""
-    return config.seq_length - len(prompt)
-
-
-def no_room(config: ModelConfig, prompt: Sequence[int]) -> str | None:
-    """Why nothing can be generated after `prompt`; None when there is room."""
-    if room(config, prompt) > 0:
-        return None
-    return (
-        f"the prompt has {len(prompt)} tokens, and the model's seq_length of {config.seq_length} "
-        f"leaves no room to generate; shorten it to at most {config.seq_length - 1} tokens"
+def request_of(config: NeoXConfig, prompt: Sequence[int], index: int) -> Request:
+    """What the configuration asks for; `index` numbers the prompt, for its random numbers."""
+    return Request(
+        prompt=tuple(prompt),
+        maximum_tokens=config.maximum_tokens,
+        sampling=Sampling.of(config),
+        seed=prompt_seed(config.seed, index),
+        logits=config.return_logits,
     )
 
 
@@ -101,74 +51,147 @@ def continuation(
     prompt: Sequence[int],
     index: int,
 ) -> Iterator[Step]:
-    """`generate` as the configuration says; `index` numbers the prompt, for its random stream."""
-    return generate(
-        model,
-        prompt,
-        maximum_tokens=min(config.maximum_tokens, room(config, prompt)),
-        sampling=Sampling.of(config),
-        generator=prompt_generator(config.seed, index),
-        eod=tokenizer.eod,
-        vocabulary=tokenizer.vocab_size,
-        recompute=config.recompute,
-    )
+    """The tokens that follow one prompt, until the end of the document, which comes last.
+
+    Raises CheckpointError when the model computes no numbers. Collective over the ranks of one
+    replica: they iterate in step and see the same tokens, and may all stop early at the same one.
+    """
+    request = request_of(config, prompt, index)
+    for _, progress in _progress(model, tokenizer, config, [request]):
+        if progress.finish == "error":
+            raise CheckpointError(progress.message)
+        logits = [None] if progress.logits_TV is None else progress.logits_TV
+        yield from map(Step, progress.tokens, logits)
 
 
-def complete(
+def _progress(
     model: InferenceModel,
     tokenizer: Tokenizer,
     config: NeoXConfig,
-    context: str,
-    index: int,
-    on_token: Callable[[], object] = lambda: None,
-) -> dict[str, Any]:
-    """Generate after `context` and return the result that files hold, the same on every rank.
+    requests: Sequence[Request],
+    begin: Callable[[int], object] = lambda number: None,
+) -> Iterator[tuple[int, Progress]]:
+    """As `decode_all`, with a cache or without."""
+    if not config.recompute:
+        yield from decode_all(model, tokenizer, requests, config.generate_batch_size, begin)
+        return
+    for number, request in enumerate(requests):
+        begin(number)
+        for progress in recomputed(model, tokenizer, request):
+            yield number, progress
+
+
+@torch.inference_mode()
+def recomputed(model: InferenceModel, tokenizer: Tokenizer, request: Request) -> Iterator[Progress]:
+    """Serve a request without a cache: run the whole sequence again for every token.
+
+    Collective over the replica.
+    """
+    answer = Answer(0, request, tokenizer, model.config.seq_length)
+    finish = None
+    while finish is None:
+        logits = model(torch.tensor([answer.tokens]), logits="last")
+        [choice] = choose_all(model, tokenizer, [answer], logits)
+        progress = answer.take(choice)
+        finish = progress.finish
+        yield progress
+
+
+@dataclass
+class _Completion:
+    """A prompt and what has followed it so far."""
+
+    context: str
+    problem: str | None  # why nothing can
+    tokens: list[int] = field(default_factory=list)
+    logits: list[Tensor] = field(default_factory=list)
+    finish: str | None = None
+    message: str | None = None
+    start: float = 0.0
+    seconds: float = 0.0
+
+    def begin(self) -> None:
+        self.start = time.perf_counter()
+
+    def take(self, progress: Progress) -> None:
+        self.tokens += progress.tokens
+        if progress.logits_TV is not None:
+            self.logits.append(progress.logits_TV)
+        self.finish, self.message = progress.finish, progress.message
+        self.seconds = time.perf_counter() - self.start
+        if self.finish == "stop":
+            self.tokens.pop()  # the end of the document
+
+    @property
+    def there(self) -> bool:
+        return self.problem is not None or self.finish is not None
+
+
+def completions(
+    model: InferenceModel,
+    tokenizer: Tokenizer,
+    config: NeoXConfig,
+    contexts: Sequence[tuple[int, str]],
+    advance: Callable[[int], object] = lambda tokens: None,
+) -> Iterator[dict[str, Any]]:
+    """Generate after the texts of (index, text), generate_batch_size at a time.
+
+    Yields, in order and the same on every rank, the results that files hold:
 
     length: tokens generated, without the end-of-document token that sets `finished`.
     text: their text; None when there are none.
     message: None, or why the result is not what was asked for.
+    duration_seconds: from when there was room for it beside others.
     logits: only with return_logits. maximum_tokens rows of the padded vocabulary's size: the fp32
     logits that each token was chosen from, zeros for tokens never generated.
-    Collective over the ranks of one replica.
-    """
-    start = time.perf_counter()
-    prompt = encode(tokenizer, context)
-    tokens: list[int] = []
-    rows: list[Tensor | None] = []
-    finished = False
-    problem = no_room(config, prompt)
-    if problem is None:
-        for token, logits_V in continuation(model, tokenizer, config, prompt, index):
-            on_token()
-            rows.append(logits_V)
-            finished = token == tokenizer.eod
-            if not finished:
-                tokens.append(token)
 
+    `advance` is told of tokens as they come, and in the end of those that never will: of
+    maximum_tokens for each result. Raises CheckpointError in the place of a result whose logits
+    were not finite numbers. Collective over the ranks of one replica.
+    """
+    everything, to_do, requests = [], [], []
+    for index, context in contexts:
+        prompt = encode(tokenizer, context)
+        completion = _Completion(context, no_room(len(prompt), config.seq_length))
+        everything.append(completion)
+        if not completion.there:
+            to_do.append(completion)
+            requests.append(request_of(config, prompt, index))
+    coming = _progress(model, tokenizer, config, requests, lambda number: to_do[number].begin())
+    for completion in everything:
+        while not completion.there:
+            number, progress = next(coming)
+            to_do[number].take(progress)
+            advance(len(progress.tokens))
+        if completion.finish == "error":
+            raise CheckpointError(completion.message)
+        advance(config.maximum_tokens - len(completion.tokens) - (completion.finish == "stop"))
+        yield _result(model, tokenizer, config, completion)
+        completion.logits.clear()
+
+
+def _result(
+    model: InferenceModel, tokenizer: Tokenizer, config: NeoXConfig, completion: _Completion
+) -> dict[str, Any]:
+    tokens = completion.tokens
     message = None
-    if problem is not None:
-        message = f"WARNING: {problem}"
+    if completion.problem is not None:
+        message = f"WARNING: {completion.problem}"
     elif not tokens:
         message = NOT_STARTED
     result: dict[str, Any] = {
-        "context": context,
+        "context": completion.context,
         "text": tokenizer.detokenize(tokens) if tokens else None,
         "length": len(tokens),
-        "finished": finished,
+        "finished": completion.finish == "stop",
         "message": message,
-        "duration_seconds": time.perf_counter() - start,
+        "duration_seconds": completion.seconds,
     }
     if config.return_logits:
-        result["logits"] = _shared_logits(model, rows, config.maximum_tokens)
+        # The rank that chose the tokens has them.
+        logits_TV = torch.zeros(config.maximum_tokens, model.padded_vocab_size, device=model.device)
+        if completion.logits:
+            held_TV = torch.cat(completion.logits)
+            logits_TV[: len(held_TV)] = held_TV
+        result["logits"] = model.broadcast(logits_TV).tolist()
     return result
-
-
-def _shared_logits(
-    model: InferenceModel, rows: list[Tensor | None], count: int
-) -> list[list[float]]:
-    """`count` rows of logits on every rank; the last stage alone holds them so far."""
-    logits_TV = torch.zeros(count, model.padded_vocab_size, device=model.device)
-    held = [row for row in rows if row is not None]
-    if held:
-        logits_TV[: len(held)] = torch.stack(held)
-    return model.broadcast(logits_TV).tolist()

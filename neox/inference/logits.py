@@ -78,9 +78,8 @@ def write_logits(model: InferenceModel, tokens_BS: Tensor, path: Path) -> None:
     batch, length = tokens_BS.shape
     vocabulary = model.padded_vocab_size
     rows = max(1, _CHUNK // (length * vocabulary))
-    is_writer = model.is_last_stage and model.groups.tp_rank == 0
     with log.progress(total=batch, desc="logits", unit="row") as bar:
-        if not is_writer:
+        if not model.is_source:
             for chunk in tokens_BS.split(rows):
                 model(chunk)
                 bar.update(len(chunk))

@@ -20,7 +20,8 @@ from neox import log
 from neox.config import NeoXConfig
 from neox.errors import ConfigError, DataError, NeoXError
 from neox.inference.detokenize import StreamingDetokenizer
-from neox.inference.generate import complete, continuation, encode, no_room
+from neox.inference.generate import completions, continuation, encode
+from neox.inference.request import no_room
 from neox.inference.stages import InferenceModel
 from neox.parallel.groups import ProcessGroups
 from neox.tokenizer import Tokenizer
@@ -108,8 +109,8 @@ def write_completions(
 ) -> None:
     """Complete every prompt; write one JSON object a line, in the order of the prompts.
 
-    Each line is written as soon as it is there, so whatever stops the run, the finished results
-    are in the file. Rank 0 writes. Replica r takes the prompts r, r + dp, r + 2 dp, ...
+    Each line is written as soon as it and those before it are there, so whatever stops the run,
+    these results are in the file. Rank 0 writes. Replica r takes the prompts r, r + dp, ...
     Collective over the world. Raises DataError when the file cannot be written, say on a full disk.
     """
     try:
@@ -126,26 +127,23 @@ def _write_completions(
     model: InferenceModel, tokenizer: Tokenizer, config: NeoXConfig, job: Job
 ) -> None:
     groups = model.groups
-    count, limit = len(job.prompts), config.maximum_tokens
+    count = len(job.prompts)
+    own = [(i, job.prompts[i]) for i in range(groups.dp_rank, count, groups.dp)]
     opened: Any = contextlib.nullcontext()
     if groups.rank == 0:
         opened = job.output.open("w", encoding="utf-8")
-    progress = log.progress(total=count * limit, desc="Generating", unit="token")
+    total = len(own) * config.maximum_tokens
+    progress = log.progress(total=total, desc="Generating", unit="token")
     with opened as file, progress as bar:
+        results = completions(model, tokenizer, config, own, bar.update)
         for first in range(0, count, groups.dp):
             bar.set_description(f"Generating, prompt {first + 1} of {count}")
-            index = first + groups.dp_rank
-            own = None
-            if index < count:
-                context = job.prompts[index]
-                own = complete(model, tokenizer, config, context, index, bar.update)
-            for number, result in enumerate(_gather(own, groups), start=first + 1):
+            own_result = next(results, None)  # none on a replica whose prompts are done
+            for number, result in enumerate(_gather(own_result, groups), start=first + 1):
                 file.write(json.dumps(result) + "\n")
                 file.flush()
                 if result["message"] is not None:
                     log.warning(f"prompt {number}: {result['message'].removeprefix('WARNING: ')}")
-            # What other replicas generated, and what ended early.
-            bar.update(min(first + groups.dp, count) * limit - bar.n)
 
 
 def _gather(result: dict[str, Any] | None, groups: ProcessGroups) -> list[dict[str, Any]]:
@@ -172,7 +170,7 @@ def interactive(model: InferenceModel, tokenizer: Tokenizer, config: NeoXConfig)
             if text is None:
                 break
             prompt = encode(tokenizer, text)
-            problem = no_room(config, prompt)
+            problem = no_room(len(prompt), config.seq_length)
             if problem is not None:
                 log.warning(problem)
                 continue

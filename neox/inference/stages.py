@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from typing import Literal
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from neox.config import ModelConfig
-from neox.inference.cache import KVCache
+from neox.errors import RequestError
+from neox.inference.cache import CacheView, KVCache
 from neox.model.block import TransformerLayer
 from neox.model.gpt import Embedding, LocalLayers
 from neox.model.loss import CHUNK_BYTES
@@ -20,7 +24,10 @@ class InferenceModel:
     """One replica's model, of which this rank holds the layers of its stage.
 
     Every call is collective over the replica's tp x pp ranks; all pass the same tokens.
+    `adapters` are the names of the LoRA adapters that `select` chooses from.
     """
+
+    adapters: Collection[str] = ()
 
     def __init__(
         self,
@@ -45,10 +52,6 @@ class InferenceModel:
                 module.eval()
 
     @property
-    def is_last_stage(self) -> bool:
-        return self.groups.is_last_stage
-
-    @property
     def num_local_layers(self) -> int:
         """Transformer layers on this rank."""
         return sum(isinstance(module, TransformerLayer) for _, module in self._stage)
@@ -58,11 +61,27 @@ class InferenceModel:
         """The NeoX index of the model's last transformer layer."""
         return self.config.num_layers + 1
 
-    def new_cache(self, batch_size: int, max_length: int) -> KVCache:
+    @property
+    def is_source(self) -> bool:
+        """Whether `broadcast` sends this rank's tensor: one rank of the last stage."""
+        return self.groups.is_last_stage and self.groups.tp_rank == 0
+
+    def select(self, adapter: str | None) -> None:
+        """Let the passes that follow use this LoRA adapter, or the model as it was loaded.
+
+        Raises RequestError when there is no adapter of that name.
+        """
+        if adapter is not None and adapter not in self.adapters:
+            known = ", ".join(sorted(self.adapters)) or "none"
+            raise RequestError(
+                f"there is no adapter {adapter!r} here; those that were loaded: {known}"
+            )
+
+    def new_cache(self, rows: int, max_length: int) -> KVCache:
         """An empty cache for this rank's layers and heads."""
         return KVCache(
             num_layers=self.num_local_layers,
-            batch_size=batch_size,
+            rows=rows,
             kv_heads_local=self.config.kv_heads // self.groups.tp,
             max_length=max_length,
             head_dim=self.config.head_dim,
@@ -72,17 +91,22 @@ class InferenceModel:
 
     @torch.inference_mode()
     def __call__(
-        self, tokens_BS: Tensor, cache: KVCache | None = None, *, last_only: bool = False
+        self,
+        tokens_BS: Tensor,
+        cache: CacheView | None = None,
+        *,
+        logits: Literal["all", "last", "none"] = "all",
     ) -> Tensor | None:
         """Logits [B, S, V] in float32 over the padded vocabulary on the last stage, else None.
 
-        With a cache, the tokens continue at position cache.length and are added to it. With
-        `last_only` the logits are those of the last position, [B, 1, V]: all that decoding needs
-        of a prompt, whose whole logits would be S * V * 4 bytes a row.
+        With a cache, each row's tokens continue the row of the cache that the view names for it,
+        and are added to that. `logits`: the `last` position's only, [B, 1, V], all that decoding
+        needs of a prompt, whose whole logits would be S * V * 4 bytes a row; or `none`.
         """
-        wanted = torch.tensor([tokens_BS.shape[1] - 1]) if last_only else None
+        S = tokens_BS.shape[1]
+        wanted = None if logits == "all" or S == 1 else torch.tensor([S - 1])
         x = self._before_head(tokens_BS, wanted, cache=cache)
-        if x is None:
+        if x is None or logits == "none":
             return None
         layer, module = self._stage[-1]
         logits_BSV = gather_from_tensor_parallel(layer(module, x), self.groups)
@@ -129,7 +153,7 @@ class InferenceModel:
         tokens_BS: Tensor,
         wanted: Tensor | None,
         *,
-        cache: KVCache | None = None,
+        cache: CacheView | None = None,
         packing: Packing | None = None,
     ) -> Tensor | None:
         """The head's input, [B, S, H] or of the positions that are `wanted`, on the last stage."""
@@ -138,8 +162,10 @@ class InferenceModel:
         x = tokens_BS
         if not self.groups.is_first_stage:
             x = self._receive(*tokens_BS.shape, wanted)
-        start = cache.length if cache is not None else 0
-        positions_S = None if packing is None else packing.positions_S
+        positions = None if packing is None else packing.positions_S
+        if cache is not None:
+            assert cache.span.positions_BS.shape == tokens_BS.shape, "a view is for one pass"
+            positions = cache.span.positions_BS
         blocks = 0
         for layer, module in self._stage[: -1 if self.groups.is_last_stage else None]:
             if isinstance(module, TransformerLayer):
@@ -147,18 +173,16 @@ class InferenceModel:
                 x = module(x, here, packing, wanted if layer.index == self._last_block else None)
                 blocks += 1
             elif isinstance(module, Embedding):
-                x = module(x, start, positions_S)
+                x = module(x, positions)
             else:
                 x = layer(module, x)
-        if cache is not None:
-            cache.advance(tokens_BS.shape[1])
         if not self.groups.is_last_stage:
             self._send(x)
             return None
         return x
 
     def broadcast(self, tensor: Tensor) -> Tensor:
-        """Overwrite `tensor` on every rank of the replica with the last stage's first tp rank's.
+        """Overwrite `tensor` on every rank of the replica with that of the rank that `is_source`.
 
         Collective over the replica; every rank passes the same shape and dtype.
         """

@@ -1,18 +1,17 @@
 """Causal self-attention over this rank's heads, with an optional key/value cache.
 
-Shapes: S new positions, T all positions so far, B batch, N local query heads, K local key/value
-heads, D head size, H hidden. q_SBND: [S, B, N, D].
+Shapes: S positions, B batch, N local query heads, K local key/value heads, D head size, H hidden.
+q_SBND: [S, B, N, D].
 """
 
 from __future__ import annotations
-
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from neox.config import ModelConfig
+from neox.model.cached_attention import LayerCache, attend_cached
 from neox.model.cpu_attention import LONGEST, causal_attention
 from neox.model.packing import Packing
 from neox.model.positions import RotaryTable, rotate_
@@ -20,17 +19,6 @@ from neox.model.projection import project
 from neox.parallel.groups import ProcessGroups
 from neox.parallel.layers import column_linear, row_linear
 from neox.parallel.rng import DropoutStreams
-
-
-class LayerCache(Protocol):
-    """One layer's keys and values of the positions already seen."""
-
-    @property
-    def length(self) -> int:
-        """Number of positions held before this forward."""
-
-    def append(self, k_BKSD: Tensor, v_BKSD: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the new positions; return keys and values of all positions, [B, K, T, D]."""
 
 
 class Attention(nn.Module):
@@ -72,15 +60,17 @@ class Attention(nn.Module):
         qkv = project(self.query_key_value, x_SBH)
         if packing is not None:
             return self._attend_packed(qkv, packing)
-        start = cache.length if cache is not None else 0
         if self.rotary is not None:
-            cos, sin = self.rotary.angles(start, qkv.shape[0], like=qkv)
+            if cache is not None:
+                cos, sin = cache.span.angles(self.rotary, like=qkv)
+            else:
+                cos, sin = self.rotary.angles(qkv.shape[0], like=qkv)
             qkv = rotate_(self._split_heads, qkv, cos, sin, self.rotary.interleaved)
         q, k, v = (heads.permute(1, 2, 0, 3) for heads in self._split_heads(qkv))
         if cache is not None:
-            k, v = cache.append(k, v)
-        mask = self._mask(start, q.shape[2], k.shape[2], q.device)
-        context_BNSD = self._attend(q, k, v, mask)
+            context_BNSD = attend_cached(q, k, v, cache, self.window)
+        else:
+            context_BNSD = self._attend(q, k, v, self._mask(q.shape[2], q.device))
         return context_BNSD.permute(2, 0, 1, 3).flatten(2)
 
     def _split_heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -97,7 +87,7 @@ class Attention(nn.Module):
     def _attend_packed(self, qkv: Tensor, packing: Packing) -> Tensor:
         if self.rotary is not None:
             longest = packing.tokens_GL.shape[1]
-            cos, sin = self.rotary.angles_at(packing.positions_S, longest, like=qkv)
+            cos, sin = self.rotary.angles_at(packing.positions_S[:, None], longest, like=qkv)
             qkv = rotate_(self._split_heads, qkv, cos, sin, self.rotary.interleaved)
         heads = self._split_heads(packing.spread(qkv[:, 0]))
         q, k, v = (heads_GLND.transpose(1, 2) for heads_GLND in heads)
@@ -105,20 +95,20 @@ class Attention(nn.Module):
         return packing.collect(context_GNLD.transpose(1, 2).flatten(2))[:, None]
 
     def _attend(
-        self, q_BNSD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, mask: Tensor | None
+        self, q_BNSD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, mask: Tensor | None
     ) -> Tensor:
         """`mask` of allowed pairs; None where plain causality, or nothing, forbids any."""
         S = q_BNSD.shape[2]
         dropout = self.dropout if self.training else 0.0
         plain = mask is None and not dropout and self.heads == self.kv_heads
         if plain and self._trains_on_cpu(q_BNSD) and S <= LONGEST:
-            return causal_attention(q_BNSD, k_BKTD, v_BKTD)
+            return causal_attention(q_BNSD, k_BKSD, v_BKSD)
 
         def attend() -> Tensor:
             return F.scaled_dot_product_attention(
                 q_BNSD,
-                k_BKTD,
-                v_BKTD,
+                k_BKSD,
+                v_BKSD,
                 attn_mask=mask,
                 dropout_p=dropout,
                 is_causal=mask is None and S > 1,
@@ -136,17 +126,12 @@ class Attention(nn.Module):
             q_BNSD.requires_grad and q_BNSD.device.type == "cpu" and q_BNSD.dtype == torch.float32
         )
 
-    def _mask(self, start: int, S: int, T: int, device: torch.device) -> Tensor | None:
-        """[S, T] of allowed pairs, or None where plain causality says it all.
+    def _mask(self, S: int, device: torch.device) -> Tensor | None:
+        """[S, S] of allowed pairs, or None where plain causality says it all.
 
         A query at position i sees keys i - window ... i, upstream's flash-attention window.
         """
-        windowed = self.window is not None and self.window + 1 < T
-        if not windowed and (start == 0 or S == 1):
+        if self.window is None or self.window + 1 >= S:
             return None
-        rows = torch.arange(start, start + S, device=device)[:, None]
-        columns = torch.arange(T, device=device)[None, :]
-        allowed = columns <= rows
-        if self.window is not None:
-            allowed &= columns >= rows - self.window
-        return allowed
+        allowed = torch.ones(S, S, dtype=torch.bool, device=device).tril()
+        return allowed.triu(-self.window)

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from neox.config import ModelConfig
-from neox.model.attention import Attention, LayerCache
+from neox.model.attention import Attention
+from neox.model.cached_attention import LayerCache
 from neox.model.mlp import MLP
 from neox.model.norms import Norm, build_norm
 from neox.model.packing import Packing

@@ -64,23 +64,17 @@ class Embedding(nn.Module):
                 config.max_position_embeddings, config.hidden_size, dtype=dtype
             )
 
-    def forward(
-        self, tokens_BS: Tensor, start: int = 0, positions_S: Tensor | None = None
-    ) -> Tensor:
-        """`start` is the position of the first token: the number of tokens already cached.
-
-        `positions_S` gives every token's, where they do not follow each other.
-        """
+    def forward(self, tokens_BS: Tensor, positions: Tensor | None = None) -> Tensor:
+        """`positions` of the tokens, [S] or [B, S]; without, they are the first ones."""
         summand = self.region.splits_sequence
         x_BSH = look_up(
             self.word_embeddings, tokens_BS, self.dtype, self.groups, reduce=not summand
         )
         if self.position_embeddings is not None:
-            if positions_S is None:
-                stop = start + tokens_BS.shape[1]
-                positions_S = torch.arange(start, stop, device=tokens_BS.device)
-            positions_SH = self.position_embeddings(positions_S)
-            x_BSH = x_BSH + (self.region.share(positions_SH) if summand else positions_SH)
+            if positions is None:
+                positions = torch.arange(tokens_BS.shape[1], device=tokens_BS.device)
+            added = self.position_embeddings(positions)
+            x_BSH = x_BSH + (self.region.share(added) if summand else added)
         return F.dropout(x_BSH, self.dropout, self.training) if self.dropout else x_BSH
 
     def project(

@@ -30,13 +30,14 @@ class RotaryTable:
         self._base = config.rotary_emb_base
         self._cos_TD = self._sin_TD = torch.empty(0, self.dim)
 
-    def angles(self, start: int, length: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin, each [length, rotary_dim], from position `start` on; dtype as `like`."""
-        return self._take(slice(start, start + length), start + length, like)
+    def angles(self, length: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin of the first positions, each [length, 1, rotary_dim]; dtype as `like`."""
+        cos_SD, sin_SD = self._take(slice(length), length, like)
+        return cos_SD[:, None], sin_SD[:, None]
 
-    def angles_at(self, positions_S: Tensor, longest: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """`angles` of any positions, all below `longest`."""
-        return self._take(positions_S, longest, like)
+    def angles_at(self, positions_SB: Tensor, longest: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """`angles` of any positions below `longest`, each [S, B, rotary_dim]."""
+        return self._take(positions_SB, longest, like)
 
     def _take(self, which: slice | Tensor, stop: int, like: Tensor) -> tuple[Tensor, Tensor]:
         if self._cos_TD.shape[0] < stop or self._cos_TD.device != like.device:
@@ -58,15 +59,16 @@ def frequencies(dim: int, base: int) -> Tensor:
 
 
 def rotate_(
-    parts: Split, heads: Tensor, cos_SD: Tensor, sin_SD: Tensor, interleaved: bool = False
+    parts: Split, heads: Tensor, cos_SBD: Tensor, sin_SBD: Tensor, interleaved: bool = False
 ) -> Tensor:
     """Turn the first rotary_dim elements of every query and key head, in the memory of `heads`.
 
     `heads` is what the projection made, [S, B, ...]; `parts` gives its views of queries, keys and
-    values, [S, B, heads, D]. In place, because copies of all heads would be a quarter of what a
-    layer keeps for its backward pass.
+    values, [S, B, heads, D]. Angles are [S, B, rotary_dim], or [S, 1, rotary_dim] if they are those
+    of all B. In place, because copies of all heads would be a quarter of what a layer keeps for its
+    backward pass.
     """
-    return _Rotation.apply(parts, heads, cos_SD, sin_SD, interleaved)
+    return _Rotation.apply(parts, heads, cos_SBD, sin_SBD, interleaved)
 
 
 class _Rotation(torch.autograd.Function):
@@ -75,29 +77,29 @@ class _Rotation(torch.autograd.Function):
         ctx: Any,
         parts: Split,
         heads: Tensor,
-        cos_SD: Tensor,
-        sin_SD: Tensor,
+        cos_SBD: Tensor,
+        sin_SBD: Tensor,
         interleaved: bool,
     ) -> Tensor:
-        ctx.parts, ctx.angles, ctx.interleaved = parts, (cos_SD, sin_SD), interleaved
+        ctx.parts, ctx.angles, ctx.interleaved = parts, (cos_SBD, sin_SBD), interleaved
         ctx.mark_dirty(heads)
         for part in parts(heads)[:2]:
-            _turn_(part, cos_SD, sin_SD, interleaved)
+            _turn_(part, cos_SBD, sin_SBD, interleaved)
         return heads
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        cos_SD, sin_SD = ctx.angles
+        cos_SBD, sin_SBD = ctx.angles
         grad = grad.clone()
         for part in ctx.parts(grad)[:2]:
-            _turn_(part, cos_SD, -sin_SD, ctx.interleaved)
+            _turn_(part, cos_SBD, -sin_SBD, ctx.interleaved)
         return None, grad, None, None, None
 
 
-def _turn_(x_SBND: Tensor, cos_SD: Tensor, sin_SD: Tensor, interleaved: bool) -> None:
+def _turn_(x_SBND: Tensor, cos_SBD: Tensor, sin_SBD: Tensor, interleaved: bool) -> None:
     """The pairs are those of the module's docstring."""
-    half = cos_SD.shape[-1] // 2
-    cos, sin = (angles[:, None, None, :half] for angles in (cos_SD, sin_SD))
+    half = cos_SBD.shape[-1] // 2
+    cos, sin = (angles[:, :, None, :half] for angles in (cos_SBD, sin_SBD))
     if interleaved:
         first, second = x_SBND[..., : 2 * half].unflatten(-1, (half, 2)).unbind(-1)
     else:

@@ -276,6 +276,7 @@ FROZEN = {
         top_p                                     acts     0.0
         top_k                                     acts     0
         maximum_tokens                            acts     64
+        generate_batch_size                       acts     16
         num_samples                               acts     1
         prompt_end                                acts     "\n"
         sample_input_file                         acts     null
@@ -393,6 +394,7 @@ OURS = {  # the others are upstream's
     *("rotary_interleaved", "use_bias_in_final_linear"),
     *("lora", "adapter", "load_in_8bit", "quantize"),
     *("finetune_data", "finetune_valid_data", "finetune_text_per"),
+    "generate_batch_size",
 }
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from neox.config import NeoXConfig, from_dict
+from neox.inference.cache import CacheView, KVCache
 from neox.inference.stages import InferenceModel
 from neox.model.gpt import Layer, build_layers, layers
 from neox.model.init import initialize
@@ -17,6 +18,7 @@ from neox.model.packing import Packing
 from neox.parallel.groups import ProcessGroups
 from neox.tokenizer import Tokenizer, load_tokenizer
 from tests import small_tokenizer
+from tests.inference.fakes import histories
 
 SEQ_LENGTH = 48
 VOCABULARY = 288  # the small tokenizer's 280, padded
@@ -62,6 +64,7 @@ class Stateless:
     """What the fakes share: one process, and as cache the tokens so far."""
 
     device = torch.device("cpu")
+    is_source = True
 
     def __init__(self, settings: NeoXConfig | None = None) -> None:
         self.config = settings or config()
@@ -72,15 +75,12 @@ class Stateless:
         raise NotImplementedError
 
     def __call__(
-        self, tokens_BS: Tensor, cache: list[Tensor] | None = None, *, last_only: bool = False
+        self, tokens_BS: Tensor, cache: CacheView | None = None, *, logits: str = "all"
     ) -> Tensor:
         self.rows += tokens_BS.tolist()
-        if cache is None:
-            logits_BSV = self.logits(tokens_BS)
-        else:
-            cache.append(tokens_BS)
-            logits_BSV = self.logits(torch.cat(cache, dim=1))[:, -tokens_BS.size(1) :]
-        return logits_BSV[:, -1:] if last_only else logits_BSV
+        first = -1 if logits == "last" else -tokens_BS.shape[1]
+        rows = histories(tokens_BS, cache)
+        return torch.cat([self.logits(torch.tensor([row]))[:, first:] for row in rows])
 
     logit_rows = 5
 
@@ -99,8 +99,11 @@ class Stateless:
         scores_K = log_probabilities_KV.gather(1, targets_K[:, None])[:, 0]
         return torch.stack([scores_K, (log_probabilities_KV.argmax(-1) == targets_K).double()], 1)
 
-    def new_cache(self, batch_size: int, max_length: int) -> list[Tensor]:
-        return []
+    def new_cache(self, rows: int, max_length: int) -> KVCache:
+        return KVCache(1, rows, 1, max_length, 1, torch.float32, "cpu")
+
+    def select(self, adapter: str | None) -> None:
+        assert adapter is None
 
     def broadcast(self, tensor: Tensor) -> Tensor:
         return tensor

@@ -11,6 +11,7 @@ from lm_eval.api.instance import Instance
 
 from neox.errors import CheckpointError, ConfigError
 from neox.evaluation.adapter import NeoXLM
+from neox.evaluation.scoring import NotFiniteError
 from neox.inference.stages import InferenceModel
 from neox.parallel.groups import ProcessGroups, initialize
 from neox.parallel.topology import Topology
@@ -248,6 +249,33 @@ def test_generation_without_room_is_refused(wise):
 def test_unknown_generation_options_are_refused(wise):
     with pytest.raises(ConfigError, match=r"ask for \{'num_beams': 4\}; known here are until"):
         generate(wise, "Question", max_gen_toks=4, num_beams=4)
+
+
+def test_texts_do_not_depend_on_what_is_written_together(model, tokenizer):
+    contexts = ["It was", TEXT, "the", "", "wisdom, it", "was the age of"]
+    options = {"max_gen_toks": 12, "until": ["e", "\n"]}
+    asked = [(context, options | {"max_gen_toks": 5 + i}) for i, context in enumerate(contexts)]
+    together = adapter(model, tokenizer, None).generate_until(instances("generate_until", asked))
+    for (context, own), text in zip(asked, together, strict=True):
+        assert generate(adapter(model, tokenizer, 1), context, **own) == text
+
+
+def test_texts_of_a_model_that_computes_no_numbers_are_an_error(tokenizer):
+    def logits(tokens_BS: torch.Tensor) -> torch.Tensor:
+        """Of no numbers after this text only."""
+        bad = tokens_BS[0, : len(text)].tolist() == text
+        return torch.full((*tokens_BS.shape, models.VOCABULARY), math.nan if bad else 1.0)
+
+    text = tokenizer.tokenize("wisdom")
+    for together in (False, True):
+        model = models.Wise([])
+        model.logits = logits
+        lm = adapter(model, tokenizer)
+        lm.together = together
+        with pytest.raises(NotFiniteError, match="tokens are not finite numbers"):
+            lm.generate_until(
+                instances("generate_until", [(c, {"max_gen_toks": 3}) for c in ("It", "wisdom")])
+            )
 
 
 def sampled(lm: NeoXLM) -> list[str]:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from neox.config import NeoXConfig, from_dict
-from neox.inference.cache import KVCache
+from neox.errors import RequestError
+from neox.inference.cache import CacheView, KVCache
 from neox.parallel.groups import ProcessGroups
 
 VOCABULARY = 264  # the tokenizer's 257 padded to a multiple of 8
@@ -63,13 +64,25 @@ def script(prompt_length: int, tokens: Sequence[int]) -> Callable[[list[int]], T
     return logits
 
 
+def histories(tokens_BS: Tensor, cache: CacheView | None) -> list[list[int]]:
+    """All tokens of each row; the earlier ones are known from the cache alone, as keys."""
+    if cache is None:
+        return tokens_BS.tolist()
+    rows = []
+    memory_RT = cache.layer(0).keys_RKTD[:, 0, :, 0]
+    for tokens_S, row, length in zip(
+        tokens_BS, cache.span.rows_B, cache.span.lengths_B, strict=True
+    ):
+        stop = length + len(tokens_S)
+        memory_RT[row, length:stop] = tokens_S.float()
+        rows.append(memory_RT[row, :stop].int().tolist())
+    return rows
+
+
 class FakeModel:
-    """An InferenceModel whose logits are a function of the tokens so far.
+    """An InferenceModel whose logits are a function of the tokens so far."""
 
-    With a cache the earlier tokens are known from the cache alone, as keys.
-    """
-
-    is_last_stage = True
+    is_source = True
     device = torch.device("cpu")
     padded_vocab_size = VOCABULARY
 
@@ -82,26 +95,35 @@ class FakeModel:
         self.config = config
         self.groups = groups or ProcessGroups.single("cpu")
         self.shapes: list[tuple[int, ...]] = []
+        self.rows: list[list[int]] = []  # of the cache, in each pass
+        self.selected: str | None = None
         self._logits = logits
 
-    def new_cache(self, batch_size: int, max_length: int) -> KVCache:
-        return KVCache(1, batch_size, 1, max_length, 1, torch.float32, "cpu")
+    def new_cache(self, rows: int, max_length: int) -> KVCache:
+        return KVCache(1, rows, 1, max_length, 1, torch.float32, "cpu")
+
+    def select(self, adapter: str | None) -> None:
+        if adapter not in (None, "a", "b"):
+            raise RequestError(f"there is no adapter {adapter!r} here")
+        self.selected = adapter
 
     def __call__(
-        self, tokens_BS: Tensor, cache: KVCache | None = None, *, last_only: bool = False
-    ) -> Tensor:
+        self, tokens_BS: Tensor, cache: CacheView | None = None, *, logits: str = "all"
+    ) -> Tensor | None:
         self.shapes.append(tuple(tokens_BS.shape))
-        assert tokens_BS.dtype == torch.int64 and tokens_BS.size(0) == 1
-        history = tokens_BS[0].tolist()
-        start = 0
-        if cache is not None:
-            start = cache.length
-            keys = tokens_BS[:, None, :, None].float()
-            history = cache.layer(0).append(keys, keys)[0].flatten().int().tolist()
-            cache.advance(tokens_BS.size(1))
-        ends = range(start + 1, len(history) + 1)
-        logits_BSV = torch.stack([self._logits(history[:end]) for end in ends])[None]
-        return logits_BSV[:, -1:] if last_only else logits_BSV
+        self.rows.append([] if cache is None else cache.span.rows_B.tolist())
+        assert tokens_BS.dtype == torch.int64
+        rows = histories(tokens_BS, cache)
+        if logits == "none":
+            return None
+        first = -1 if logits == "last" else -tokens_BS.shape[1]
+        ends_BS = [range(len(row) + first + 1, len(row) + 1) for row in rows]
+        return torch.stack(
+            [
+                torch.stack([self._logits(row[:end]) for end in ends])
+                for row, ends in zip(rows, ends_BS, strict=True)
+            ]
+        )
 
     def broadcast(self, tensor: Tensor) -> Tensor:
         return tensor

@@ -2,64 +2,84 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
+from torch import Tensor
 
-from neox.config import NeoXConfig
-from neox.inference.generate import complete
 from neox.inference.stages import InferenceModel
-from neox.model.gpt import build_layers, layers
-from neox.model.init import initialize
-from neox.parallel.groups import ProcessGroups
-from tests.inference.fakes import ByteTokenizer, config
+from neox.model import cached_attention
+from neox.model.cached_attention import attend_together
+from neox.parallel.groups import ProcessGroups, initialize
+from neox.parallel.topology import Topology
+from tests.inference.small import small_model
+from tests.models import ARCHITECTURES, VOCAB, tokens
+from tests.world import World
 
-ARCHITECTURES: dict[str, dict[str, Any]] = {
-    "rotary": {"pos_emb": "rotary", "rotary_pct": 0.25, "gpt_j_residual": True},
-    "learned, tied": {"pos_emb": "learned", "no_weight_tying": False},
-    "grouped heads, rmsnorm": {"pos_emb": "rotary", "num_kv_heads": 2, "norm": "rmsnorm"},
-    "window": {"pos_emb": "rotary", "sliding_window_width": 5},
-    "no positions": {"pos_emb": "none"},
-    "gpt-j": {
-        "pos_emb": "rotary",
-        "rotary_pct": 0.5,
-        "rotary_interleaved": True,
-        "gpt_j_residual": True,
-        "gpt_j_tied": True,
-    },
-}
+ROWS = [3, 0, 1]  # of a cache of four
 
 
-def settings(architecture: str, **values: Any) -> NeoXConfig:
-    shape = {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "precision": "fp32"}
-    return config(**({"no_weight_tying": True} | shape | ARCHITECTURES[architecture] | values))
+def with_cache(model: InferenceModel, tokens_BS: Tensor) -> Tensor | None:
+    """Logits of three rows that are 0, 3 and 7 tokens ahead of each other all along."""
+    cache = model.new_cache(4, 16)
+    found = [[] for _ in ROWS]
+    lengths = [0, 0, 0]
+
+    def go_on(which: list[int], new: int) -> None:
+        view = cache.view([ROWS[b] for b in which], [lengths[b] for b in which], new)
+        pieces = [tokens_BS[b, lengths[b] : lengths[b] + new] for b in which]
+        logits_BSV = model(torch.stack(pieces), view)
+        for i, b in enumerate(which):
+            lengths[b] += new
+            found[b].append(None if logits_BSV is None else logits_BSV[i])
+
+    go_on([1], 3)
+    go_on([2], 7)
+    for new in (4, 1, 1, 3):
+        go_on([0, 1, 2], new)
+    go_on([0, 1], 2)
+    go_on([0], 5)
+    go_on([1], 2)
+    assert lengths == [16, 16, 16]
+    return None if found[0][0] is None else torch.stack([torch.cat(row) for row in found])
 
 
-def random_model(settings: NeoXConfig) -> InferenceModel:
-    groups = ProcessGroups.single()
-    stage = build_layers(
-        layers(settings, 264, torch.float32, groups),
-        lambda module, layer: initialize(module, layer, settings, 1234, groups),
-    )
-    return InferenceModel(settings, groups, stage, 264, torch.float32)
+def check(got: Tensor, expected: Tensor) -> None:
+    """ONE PASS of docs/numerics.md, at logits of up to some tens."""
+    scale = expected.abs().max()
+    torch.testing.assert_close(got / scale, expected / scale, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("pieces", [[20], [12] + [1] * 8, [1] * 20, [7, 6, 1, 4, 2]])
+@pytest.mark.parametrize("together", [False, True])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_logits_with_a_cache_are_those_without(architecture, pieces):
-    model = random_model(settings(architecture))
-    tokens_BS = torch.randint(0, 264, (3, 20), generator=torch.Generator().manual_seed(1))
-    cache = model.new_cache(3, 20)
-    got = torch.cat([model(piece, cache) for piece in tokens_BS.split(pieces, dim=1)], dim=1)
-    assert cache.length == 20
-    torch.testing.assert_close(got, model(tokens_BS), rtol=0, atol=1e-5)
+def test_logits_with_a_cache_are_those_without(architecture, together, monkeypatch):
+    if together:  # as on a GPU
+        monkeypatch.setattr(cached_attention, "attend_by_runs", attend_together)
+    model = small_model(ProcessGroups.single(), **ARCHITECTURES[architecture])
+    tokens_BS = tokens(3, 16)
+    expected = model(tokens_BS)
+    check(with_cache(model, tokens_BS), expected)
+    assert (expected[0] - expected[1]).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_recompute_gives_the_same_text(architecture):
-    texts = []
-    for recompute in (False, True):
-        values = settings(architecture, recompute=recompute, maximum_tokens=24, temperature=1.0)
-        texts.append(complete(random_model(values), ByteTokenizer(), values, "Once", 0)["text"])
-    assert texts[0] == texts[1] and texts[0]
+def on_a_grid(rank: int, topology: Topology, values: dict) -> Tensor | None:
+    groups = initialize(topology, "gloo", torch.device("cpu"))
+    return with_cache(small_model(groups, **values), tokens(3, 16))
+
+
+@pytest.mark.parametrize("architecture", ["learned", "grouped_queries"])
+@pytest.mark.parametrize("topology", [Topology(tp=2), Topology(tp=2, pp=2)], ids=str)
+def test_every_grid(world: World, topology: Topology, architecture: str) -> None:
+    values = ARCHITECTURES[architecture]
+    found = world.run(topology.world_size, on_a_grid, topology, values)
+    expected = small_model(ProcessGroups.single(), **values)(tokens(3, 16))
+    check(found[-1], expected)
+
+
+def test_only_the_logits_that_are_wanted_are_computed():
+    model = small_model(ProcessGroups.single())
+    cache = model.new_cache(2, 16)
+    tokens_BS = tokens(2, 16)
+    assert model(tokens_BS[:, :9], cache.view([0, 1], [0, 0], 9), logits="none") is None
+    last = model(tokens_BS[:, 9:], cache.view([0, 1], [9, 9], 7), logits="last")
+    assert last.shape == (2, 1, VOCAB)
+    check(last, model(tokens_BS)[:, -1:])

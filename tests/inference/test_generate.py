@@ -8,48 +8,41 @@ import pytest
 import torch
 
 from neox.errors import CheckpointError
-from neox.inference.generate import NOT_STARTED, complete, generate
-from neox.inference.sampling import Sampling, prompt_generator
+from neox.inference.generate import NOT_STARTED, completions, continuation
 from tests.inference.fakes import VOCABULARY, ByteTokenizer, FakeModel, config, mixed, script
 
 EOD = ByteTokenizer.eod
 KEYS = ["context", "text", "length", "finished", "message", "duration_seconds"]
 
 
-def tokens(model: FakeModel, prompt: list[int], **options) -> list[int]:
-    defaults = {
-        "maximum_tokens": 10,
-        "sampling": Sampling(),
-        "generator": prompt_generator(1234, 0),
-        "eod": EOD,
-        "vocabulary": ByteTokenizer.vocab_size,
-    }
-    return [step.token for step in generate(model, prompt, **(defaults | options))]
+def steps(model: FakeModel, prompt: list[int], index: int = 0):
+    return continuation(model, ByteTokenizer(), model.config, prompt, index)
+
+
+def tokens(model: FakeModel, prompt: list[int]) -> list[int]:
+    return [step.token for step in steps(model, prompt)]
 
 
 def test_greedy_follows_the_largest_logit():
     history = [5, 6, 7]
     for _ in range(10):
         history.append(mixed(history).argmax().item())
-    assert tokens(FakeModel(config()), [5, 6, 7]) == history[3:]
+    assert tokens(FakeModel(config(maximum_tokens=10)), [5, 6, 7]) == history[3:]
 
 
-@pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0, 20, 0.9)])
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0, "top_k": 20, "top_p": 0.9}])
 def test_cache_and_recompute_give_the_same_tokens(sampling):
-    cached, recomputed = FakeModel(config()), FakeModel(config())
-    prompt = [1, 2, 3, 4]
-    first = tokens(cached, prompt, sampling=sampling)
-    second = tokens(recomputed, prompt, sampling=sampling, recompute=True)
-    assert first == second
+    cached = FakeModel(config(maximum_tokens=10, **sampling))
+    recomputed = FakeModel(config(maximum_tokens=10, recompute=True, **sampling))
+    assert tokens(cached, [1, 2, 3, 4]) == tokens(recomputed, [1, 2, 3, 4])
     assert cached.shapes == [(1, 4)] + 9 * [(1, 1)]
     assert recomputed.shapes == [(1, 4 + i) for i in range(10)]
 
 
 def test_each_step_has_the_logits_it_was_chosen_from():
     history = [9]
-    model = FakeModel(config())
-    options = {"sampling": Sampling(1.0), "generator": prompt_generator(0, 0), "eod": EOD}
-    for step in generate(model, [9], maximum_tokens=5, vocabulary=VOCABULARY, **options):
+    model = FakeModel(config(maximum_tokens=5, temperature=1.0, return_logits=True))
+    for step in steps(model, [9]):
         assert torch.equal(step.logits_V, mixed(history))
         history.append(step.token)
 
@@ -61,22 +54,57 @@ def test_end_of_document_ends():
 
 
 def test_a_reader_may_stop_early():
-    model = FakeModel(config())
-    options = {"sampling": Sampling(), "generator": prompt_generator(0, 0), "eod": EOD}
-    steps = generate(model, [3], maximum_tokens=50, vocabulary=VOCABULARY, **options)
-    assert len(list(itertools.islice(steps, 4))) == 4
+    model = FakeModel(config(maximum_tokens=50))
+    assert len(list(itertools.islice(steps(model, [3]), 4))) == 4
     assert len(model.shapes) == 4
 
 
-def test_logits_that_are_no_numbers_are_an_error():
-    model = FakeModel(config(), lambda history: torch.full((VOCABULARY,), float("nan")))
+@pytest.mark.parametrize("recompute", [False, True])
+def test_logits_that_are_no_numbers_are_an_error(recompute):
+    model = FakeModel(
+        config(recompute=recompute), lambda history: torch.full((VOCABULARY,), float("nan"))
+    )
     with pytest.raises(CheckpointError, match="logits after 2 tokens are not finite"):
         tokens(model, [1, 2])
 
 
+def test_results_before_one_that_fails_are_there():
+    def some_bad(history: list[int]) -> torch.Tensor:
+        bad = history[0] == ord("b")
+        return torch.full((VOCABULARY,), float("inf")) if bad else mixed(history)
+
+    settings = config(maximum_tokens=9)
+    contexts = [(0, "a"), (1, "b"), (2, "c")]
+    results = completions(FakeModel(settings, some_bad), ByteTokenizer(), settings, contexts)
+    assert next(results)["length"] == 9
+    with pytest.raises(CheckpointError, match="logits after 1 tokens"):
+        next(results)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 16])
+def test_results_do_not_depend_on_what_is_computed_together(rows):
+    texts = ["abc", "", 70 * "x", "d", 60 * "y", "ab"]
+    told = []
+    settings = config(
+        maximum_tokens=9, temperature=0.7, generate_batch_size=rows, return_logits=True
+    )
+    contexts = list(enumerate(texts))
+    model = FakeModel(settings)
+    results = list(completions(model, ByteTokenizer(), settings, contexts, told.append))
+    assert sum(told) == 9 * len(texts)
+    assert max(shape[0] for shape in model.shapes) == min(rows, 5)
+    for index, got in enumerate(results):
+        alone = result(
+            texts[index], index=index, maximum_tokens=9, temperature=0.7, return_logits=True
+        )
+        assert got | {"duration_seconds": 0} == alone | {"duration_seconds": 0}
+
+
 def result(context: str, logits=mixed, index: int = 0, **values):
     settings = config(**values)
-    return complete(FakeModel(settings, logits), ByteTokenizer(), settings, context, index)
+    model = FakeModel(settings, logits)
+    [only] = completions(model, ByteTokenizer(), settings, [(index, context)])
+    return only
 
 
 def test_result_has_the_fields_in_order():
@@ -86,7 +114,7 @@ def test_result_has_the_fields_in_order():
     assert got["finished"] is False
     assert got["message"] is None
     assert 0 < got["duration_seconds"] < 60
-    expected = tokens(FakeModel(config()), list(b"ab"), maximum_tokens=7)
+    expected = tokens(FakeModel(config(maximum_tokens=7)), list(b"ab"))
     assert got["text"] == ByteTokenizer().detokenize(expected)
 
 
@@ -103,7 +131,7 @@ def test_nothing_but_the_end():
 
 def test_an_empty_context_starts_from_the_end_of_a_document():
     got = result("", maximum_tokens=3)
-    expected = tokens(FakeModel(config()), [EOD], maximum_tokens=3)
+    expected = tokens(FakeModel(config(maximum_tokens=3)), [EOD])
     assert got["context"] == ""
     assert got["text"] == ByteTokenizer().detokenize(expected)
 

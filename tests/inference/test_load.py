@@ -107,7 +107,7 @@ def test_a_configuration_may_ask_for_another_vocabulary(
 def test_the_last_logits_alone_are_the_last_of_all(saved: tuple[dict, Path]) -> None:
     values, folder = saved
     model = load_model(config_of(load=str(folder), **values), SINGLE)
-    whole, last = model(TOKENS), model(TOKENS, last_only=True)
+    whole, last = model(TOKENS), model(TOKENS, logits="last")
     assert whole is not None and last is not None
     assert last.shape == (1, 1, VOCAB)
     assert_close(last, whole[:, -1:], atol=1e-6, rtol=1e-6)

@@ -7,9 +7,18 @@ import math
 import pytest
 import torch
 
-from neox.inference.sampling import Sampling, choose, draw, probabilities, prompt_generator
+from neox.inference import sampling as module
+from neox.inference.sampling import Sampling, choose, draw, penalize, possible, prompt_seed
 
-LOG = torch.tensor([[0.5, 0.25, 0.125, 0.125]]).log()
+LOG = torch.tensor([0.5, 0.25, 0.125, 0.125]).log()
+
+
+def probabilities(logits_V: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+    """Of every token, 0 for those that are not possible."""
+    tokens_C, weights_C = possible(logits_V, sampling)
+    found = torch.zeros(len(logits_V), dtype=torch.float64)
+    found[tokens_C] = weights_C / weights_C.sum()
+    return found
 
 
 def by_loops(logits: list[float], sampling: Sampling) -> list[float]:
@@ -41,17 +50,32 @@ def test_distribution_is_the_definition(temperature, top_k, top_p):
     expected = torch.tensor(
         [by_loops(row, sampling) for row in logits.tolist()], dtype=torch.float64
     )
-    assert torch.allclose(probabilities(logits, sampling), expected, atol=1e-12)
+    for row, wanted in zip(logits, expected, strict=True):
+        assert torch.allclose(probabilities(row, sampling), wanted, atol=1e-12)
+
+
+@pytest.mark.parametrize("spread", [0.01, 1.0, 3.0])
+@pytest.mark.parametrize("top_p", [0.01, 0.5, 0.9, 0.999, 1.0 - 1e-15])
+def test_the_likeliest_alone_give_what_sorting_all_does(monkeypatch, spread, top_p):
+    """Among 5000 tokens, many of which are equally likely."""
+    logits = spread * torch.randn(5000, generator=torch.Generator().manual_seed(2))
+    for row in (logits, logits.mul(8).round().div(8), torch.zeros(5000)):
+        quick = possible(row, Sampling(top_p=top_p))
+        monkeypatch.setattr(module, "LIKELIEST", 5000)
+        for got, expected in zip(quick, possible(row, Sampling(top_p=top_p)), strict=True):
+            assert torch.equal(got, expected)
+        monkeypatch.undo()
 
 
 @pytest.mark.parametrize(
     "sampling", [Sampling(0.7), Sampling(1.5, top_k=5), Sampling(top_p=0.8), Sampling(top_k=3)]
 )
 def test_frequencies_follow_the_distribution(sampling):
-    count = 20_000
+    count = 10_000
     logits = torch.randn(12, generator=torch.Generator().manual_seed(3))
-    expected = probabilities(logits[None], sampling)[0]
-    chosen = choose(logits.expand(count, 12), sampling, torch.Generator().manual_seed(4))
+    expected = probabilities(logits, sampling)
+    generator = torch.Generator().manual_seed(4)
+    chosen = torch.tensor([choose(logits, sampling, generator) for _ in range(count)])
     seen = torch.bincount(chosen, minlength=12).double()
     assert not seen[expected == 0].any()
     possible = expected > 0
@@ -71,8 +95,7 @@ def test_greedy_only_when_everything_is_zero():
 def test_greedy_takes_the_first_of_equals_and_draws_nothing():
     generator = torch.Generator().manual_seed(0)
     before = generator.get_state()
-    logits = torch.tensor([[1.0, 3.0, 3.0], [2.0, 0.0, 1.0]])
-    assert choose(logits, Sampling(), generator).tolist() == [1, 0]
+    assert choose(torch.tensor([1.0, 3.0, 3.0]), Sampling(), generator) == 1
     assert torch.equal(generator.get_state(), before)
 
 
@@ -91,14 +114,14 @@ def test_nucleus_is_the_smallest_set_that_reaches_p(top_p, kept):
 
 
 def test_nucleus_stops_at_exactly_p_and_splits_ties():
-    even = torch.zeros(1, 4)  # four times exactly 0.25
+    even = torch.zeros(4)  # four times exactly 0.25
     kept = probabilities(even, Sampling(top_p=0.5))
-    assert kept.tolist() == [[0.5, 0.5, 0.0, 0.0]]
+    assert kept.tolist() == [0.5, 0.5, 0.0, 0.0]
 
 
 def test_nucleus_is_taken_from_what_top_k_leaves():
     # Of 0.5 and 0.25 alone the first holds 2/3.
-    assert (probabilities(LOG, Sampling(top_k=2, top_p=0.6)) > 0).tolist() == [[True] + [False] * 3]
+    assert (probabilities(LOG, Sampling(top_k=2, top_p=0.6)) > 0).tolist() == [True] + [False] * 3
 
 
 def test_top_k_keeps_what_ties_with_the_kth():
@@ -106,29 +129,38 @@ def test_top_k_keeps_what_ties_with_the_kth():
     assert torch.allclose(kept, LOG.exp().double())
 
 
-def test_rows_are_independent():
-    logits = torch.randn(2, 30, generator=torch.Generator().manual_seed(5))
-    sampling = Sampling(0.8, 10, 0.9)
-    both = probabilities(logits, sampling)
-    assert torch.equal(both[0], probabilities(logits[:1], sampling)[0])
-    assert torch.equal(both[1], probabilities(logits[1:], sampling)[0])
+@pytest.mark.parametrize("temperature", [5e-324, 1e-300, 1e-3, 1e300])
+def test_any_temperature_leaves_numbers(temperature):
+    logits = torch.tensor([2.0, -40.0, 2.0, -math.inf])
+    for filters in ({}, {"top_k": 3}, {"top_p": 0.99}):
+        got = probabilities(logits, Sampling(temperature, **filters))
+        expected = [0.5, 0.0, 0.5, 0.0] if temperature < 1 else [1 / 3, 1 / 3, 1 / 3, 0.0]
+        assert got.tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("penalty", [0.5, 1.3, 100.0])
+def test_the_penalty_is_that_of_transformers(penalty):
+    from transformers import RepetitionPenaltyLogitsProcessor
+
+    logits = 3 * torch.randn(50, generator=torch.Generator().manual_seed(7))
+    tokens = [3, 3, 8, 41, 3, 0]
+    before = logits.clone()
+    theirs = RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor([tokens]), logits[None])
+    assert torch.equal(penalize(logits, tokens, penalty), theirs[0])
+    assert torch.equal(logits, before) and not torch.equal(theirs[0], before)
 
 
 def test_impossible_tokens_are_never_drawn():
-    weights = torch.tensor([[0.0, 0.3, 0.0, 0.7, 0.0]], dtype=torch.float64)
-    largest = 1 - 2.0**-53
-    for uniform, token in [(0.0, 1), (0.2999, 1), (0.3001, 3), (largest, 3)]:
-        assert draw(weights, torch.tensor([uniform], dtype=torch.float64)).tolist() == [token]
+    tokens = torch.tensor([4, 5, 6, 7, 9])
+    weights = torch.tensor([0.0, 0.3, 0.0, 0.7, 0.0], dtype=torch.float64)
+    largest = torch.tensor(1 - 2.0**-53, dtype=torch.float64)
+    for uniform, token in [(0.0, 5), (0.2999, 5), (0.3001, 7), (largest, 7)]:
+        assert draw(tokens, weights, torch.as_tensor(uniform, dtype=torch.float64)) == token
     many = torch.rand(100, 999, dtype=torch.float64, generator=torch.Generator().manual_seed(6))
     many[:, -1] = 0.0
-    ends = draw(many / many.sum(-1, keepdim=True), torch.full((100,), largest, dtype=torch.float64))
-    assert (ends == 997).all()
+    assert all(draw(torch.arange(999), row, largest) == 997 for row in many)
 
 
-def test_streams_differ_by_seed_and_prompt_and_repeat():
-    def first(seed: int, index: int) -> float:
-        return torch.rand((), generator=prompt_generator(seed, index), dtype=torch.float64).item()
-
-    streams = {first(seed, index) for seed in (0, 1, 1234, 2**32, 2**40) for index in range(20)}
-    assert len(streams) == 100
-    assert first(1234, 7) == first(1234, 7)
+def test_streams_differ_by_seed_and_prompt():
+    seeds = {prompt_seed(seed, i) for seed in (0, 1, 1234, 2**32, 2**40) for i in range(20)}
+    assert len(seeds) == 100

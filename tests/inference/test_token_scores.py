@@ -12,11 +12,11 @@ from torch.testing import assert_close
 from neox.evaluation.trees import plant
 from neox.inference import stages
 from neox.inference.stages import InferenceModel
-from neox.model.gpt import partition
 from neox.model.packing import Packing
 from neox.parallel.groups import ProcessGroups, initialize
 from neox.parallel.topology import Topology
-from tests.models import ARCHITECTURES, VOCAB, built, config_of, random_weights
+from tests.inference.small import small_model
+from tests.models import ARCHITECTURES, VOCAB
 from tests.world import World
 
 START = [5, 9, 2, 7, 7, 1, 30, 12]
@@ -29,14 +29,6 @@ TEXTS = [
     [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5],
     [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3],
 ]
-
-
-def model_of(groups: ProcessGroups, **values: Any) -> InferenceModel:
-    config = config_of(**values)
-    mine = partition(config.num_layers, groups.pp)[groups.pp_rank]
-    weights = {name: tensor * 4 for name, tensor in random_weights(config).items()}
-    local = built(config, weights, groups)[mine.start : mine.stop]
-    return InferenceModel(config, groups, local, VOCAB, torch.float32)
 
 
 def questions() -> tuple[Tensor, Packing, Tensor, Tensor, list[tuple[int, int, int]]]:
@@ -76,7 +68,7 @@ def one_by_one(model: InferenceModel, told: list[tuple[int, int, int]]) -> Tenso
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_architecture(architecture: str) -> None:
-    model = model_of(ProcessGroups.single(), **ARCHITECTURES[architecture])
+    model = small_model(ProcessGroups.single(), **ARCHITECTURES[architecture])
     *arguments, told = questions()
     got = scores(model, arguments)
     assert_close(got, one_by_one(model, told), rtol=1e-5, atol=2e-5)
@@ -84,7 +76,7 @@ def test_every_architecture(architecture: str) -> None:
 
 
 def test_few_logits_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = model_of(ProcessGroups.single())
+    model = small_model(ProcessGroups.single())
     *arguments, told = questions()
     monkeypatch.setattr(stages, "CHUNK_BYTES", 7 * 4 * VOCAB)
     assert model.logit_rows == 7
@@ -93,7 +85,7 @@ def test_few_logits_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def on_a_grid(rank: int, topology: Topology, values: dict[str, Any]) -> Tensor | None:
     groups = initialize(topology, "gloo", torch.device("cpu"))
-    model = model_of(groups, **values)
+    model = small_model(groups, **values)
     *arguments, _ = questions()
     return scores(model, arguments)
 
@@ -104,7 +96,7 @@ def test_every_grid(world: World, topology: Topology, architecture: str) -> None
     values = ARCHITECTURES[architecture]
     found = world.run(topology.world_size, on_a_grid, topology, values)
     *_, told = questions()
-    expected = one_by_one(model_of(ProcessGroups.single(), **values), told)
+    expected = one_by_one(small_model(ProcessGroups.single(), **values), told)
     for rank, got in enumerate(found):
         if topology.coordinate(rank).pp == topology.pp - 1:
             assert_close(got, expected, rtol=1e-5, atol=2e-5)
