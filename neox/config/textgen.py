@@ -30,4 +30,9 @@ class TextGenConfig:
     sample_output_file: str | None = key("samples.txt", "Where the samples go, as JSON Lines.")
     return_logits: bool = key(False, "Write each token's logits too.")
     recompute: bool = key(False, "Generate without the key/value cache.")
+    compile_decoding: bool = key(
+        True,
+        "Decode by a pass that is put together once, by the project's own kernels on a CPU; false: "
+        "operation by operation.",
+    )
     precompute_model_name: str | None = refused(None, "Name of the reference model.", _PRECOMPUTE)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from functools import cached_property
 from typing import Literal
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from neox.config import ModelConfig
+from neox.config import NeoXConfig
 from neox.errors import RequestError
 from neox.inference.cache import CacheView, KVCache
+from neox.inference.compiled import CompiledPass, can_compile
 from neox.model.block import TransformerLayer
 from neox.model.gpt import Embedding, LocalLayers
 from neox.model.loss import CHUNK_BYTES
@@ -31,7 +34,7 @@ class InferenceModel:
 
     def __init__(
         self,
-        config: ModelConfig,
+        config: NeoXConfig,
         groups: ProcessGroups,
         stage: LocalLayers,
         padded_vocab_size: int,
@@ -47,6 +50,7 @@ class InferenceModel:
         self.dtype = dtype
         self.padded_vocab_size = padded_vocab_size
         self._stage = stage
+        self._compiled: WeakKeyDictionary[KVCache, CompiledPass] = WeakKeyDictionary()
         for _, module in self._stage:
             if isinstance(module, nn.Module):
                 module.eval()
@@ -104,6 +108,8 @@ class InferenceModel:
         needs of a prompt, whose whole logits would be S * V * 4 bytes a row; or `none`.
         """
         S = tokens_BS.shape[1]
+        if cache is not None and S == 1 and self.compiles:
+            return self._decode(tokens_BS, cache)
         wanted = None if logits == "all" or S == 1 else torch.tensor([S - 1])
         x = self._before_head(tokens_BS, wanted, cache=cache)
         if x is None or logits == "none":
@@ -111,6 +117,29 @@ class InferenceModel:
         layer, module = self._stage[-1]
         logits_BSV = gather_from_tensor_parallel(layer(module, x), self.groups)
         return logits_BSV[..., : self.padded_vocab_size].float()
+
+    @cached_property
+    def compiles(self) -> bool:
+        """Whether a new position of each row is computed by a pass put together once."""
+        return self.config.compile_decoding and can_compile(self.config, self.groups, self._stage)
+
+    def _decode(self, tokens_B1: Tensor, cache: CacheView) -> Tensor | None:
+        """What `__call__` returns, of one new position each, by the kernels."""
+        memory, span = cache.memory, cache.span
+        compiled = self._compiled.get(memory)
+        if compiled is None:
+            keys, values = memory.keys_LRKTD, memory.values_LRKTD
+            compiled = CompiledPass(self.config, self._stage, keys, values, memory.rows)
+            self._compiled[memory] = compiled
+        if self.groups.is_first_stage:
+            x = self._stage[0][1](tokens_B1, span.positions_BS)
+        else:
+            x = self._receive(*tokens_B1.shape, None)
+        y = compiled(x.view(len(tokens_B1), -1), span.rows_B, span.lengths_B)
+        if not self.groups.is_last_stage:
+            self._send(y)
+            return None
+        return y[:, None, : self.padded_vocab_size].clone()  # the next pass writes over it
 
     @torch.inference_mode()
     def hidden(self, tokens_S: Tensor, packing: Packing, wanted_U: Tensor) -> Tensor | None:

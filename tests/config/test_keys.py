@@ -277,6 +277,7 @@ FROZEN = {
         top_k                                     acts     0
         maximum_tokens                            acts     64
         generate_batch_size                       acts     16
+        compile_decoding                          acts     true
         num_samples                               acts     1
         prompt_end                                acts     "\n"
         sample_input_file                         acts     null
@@ -394,7 +395,7 @@ OURS = {  # the others are upstream's
     *("rotary_interleaved", "use_bias_in_final_linear"),
     *("lora", "adapter", "load_in_8bit", "quantize"),
     *("finetune_data", "finetune_valid_data", "finetune_text_per"),
-    "generate_batch_size",
+    *("generate_batch_size", "compile_decoding"),
 }
 
 
