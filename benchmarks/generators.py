@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -140,6 +141,10 @@ def transformers(shape: Shape, folder: Path, precision: str) -> Generate:
 
 
 def ctranslate2(shape: Shape, folder: Path, precision: str) -> Generate:
+    import torch
+
+    if torch.backends.cpu.get_cpu_capability() == "AVX512":
+        os.environ["CT2_FORCE_CPU_ISA"] = "AVX512"  # on AMD's processors it would take AVX2
     import ctranslate2
 
     generator = ctranslate2.Generator(

@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import multiprocessing
-import shutil
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -85,6 +84,8 @@ def values(shape: Shape, folder: Path) -> dict[str, Any]:
         "gpt_j_residual": True,
         "no_weight_tying": True,
         "precision": "fp32",
+        # So large that attention is sharp: a wrong position has to change the tokens.
+        "init_method_std": (2 / shape.hidden) ** 0.5,
         "tokenizer_type": "HFTokenizer",
         "vocab_file": str(tokenizer_of(folder)),
         "load": str(folder / "neox"),
@@ -244,10 +245,3 @@ def _quantize_gguf(folder: Path, precision: str) -> None:
     source, target = (str(gguf_of(folder, name)).encode() for name in ("fp32", precision))
     status = llama_cpp.llama_model_quantize(source, target, parameters)
     assert status == 0, f"llama.cpp could not write {target.decode()}"
-
-
-def server_program() -> str | None:
-    """llama.cpp's own server, where it has been built."""
-    return shutil.which("llama-server", path=str(Path(__file__).parents[1] / ".venv" / "bin")) or (
-        shutil.which("llama-server")
-    )
