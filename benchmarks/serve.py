@@ -190,14 +190,15 @@ def compete(
     load: Load, contestants: Mapping[str, Server], folder: Path
 ) -> tuple[dict[str, list[Turn]], dict[str, float]]:
     """Every round's turns, and the share of each one's answers that are ours when asked alone."""
-    turns: dict[str, list[Turn]] = {name: [] for name in contestants}
+    names = list(contestants)
+    turns: dict[str, list[Turn]] = {name: [] for name in names}
     with contextlib.ExitStack() as stack:
         for name, server in contestants.items():
             stack.enter_context(running(name, server, folder))
         bar = stack.enter_context(log.progress(total=load.rounds, desc="load", unit=" rounds"))
         for i in range(load.rounds + 1):
             requests = draw(load, folder, seed=i)
-            for name in contestants if i % 2 else reversed(contestants):
+            for name in names if i % 2 else reversed(names):
                 asked = requests if i else requests[:4]  # round 0 warms up
                 server = contestants[name]
                 turn = asyncio.run(ask(server.address, server.model, asked, CLIENTS))
