@@ -44,8 +44,9 @@ test: install  ## style, types and every test
 	$(BIN)/mypy
 	$(BIN)/pytest -n $(WORKERS) --dist worksteal
 
+# Those that can be run have a main.
 bench: install  ## the benchmarks in their quick form
-	@for benchmark in $(filter-out %/contestants.py,$(wildcard benchmarks/*.py)); do \
+	@for benchmark in $$(grep -l __main__ benchmarks/*.py); do \
 	  echo "$$benchmark --quick"; $(BIN)/python $$benchmark --quick; \
 	done
 
