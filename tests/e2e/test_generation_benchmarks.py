@@ -106,7 +106,10 @@ def test_clients_ask_together_and_answers_keep_the_order_of_requests() -> None:
 
     async def run() -> tuple[Turn, int]:
         echo = Echo(together=4)
-        async with await asyncio.start_server(echo.answer, "127.0.0.1", 0) as server:
+        async with (
+            asyncio.timeout(30),
+            await asyncio.start_server(echo.answer, "127.0.0.1", 0) as server,
+        ):
             port = server.sockets[0].getsockname()[1]
             turn = await ask(f"http://127.0.0.1:{port}", None, requests, clients=4)
         return turn, echo.most
