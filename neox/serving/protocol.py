@@ -39,7 +39,9 @@ class PatientProtocol(H11Protocol):
         super().connection_made(transport)
         self._watch_reading()
         if len(self.idle) > self.most_idle:
-            next(iter(self.idle)).transport.abort()
+            oldest = next(iter(self.idle))
+            del self.idle[oldest]  # its connection_lost comes later
+            oldest.transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
@@ -85,7 +87,8 @@ class PatientProtocol(H11Protocol):
             self._reading = self.loop.call_later(self.seconds, self._too_slow)
 
     def _too_slow(self) -> None:
-        started = self.cycle is not None and self.cycle.response_started
-        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE) and not started:
+        cycle = self.cycle
+        amid = cycle is not None and cycle.response_started and not cycle.response_complete
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE) and not amid:
             self.transport.write(_TOO_SLOW)
         self.transport.close()

@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from neox.errors import RequestError
-from neox.serving.errors import ApiError, BadRequest, error_body
+from neox.serving.errors import ApiError, BadRequest, EngineFailed
 from neox.serving.schemas import NOT_SUPPORTED, ErrorBody, PlainErrorBody
 
 _MEANINGS = {
@@ -35,7 +35,9 @@ def failures(*statuses: int, plain: bool = False) -> dict[int | str, dict[str, A
 
 def json_or_stream(model: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
     """A 200 that is `model`, or with `stream: true` a stream of its chunks."""
-    stream = {"text/event-stream": {"schema": {"type": "string"}}}
+    data = {"type": "string", "description": "A chunk as JSON, an error, or at the end [DONE]."}
+    event = {"type": "object", "properties": {"data": data}, "required": ["data"]}
+    stream = {"text/event-stream": {"itemSchema": event}}
     return {200: {"model": model, "description": "The answer.", "content": stream}}
 
 
@@ -64,13 +66,21 @@ def add_error_handlers(app: FastAPI) -> None:
     async def http_error(request: Request, error: HTTPException) -> JSONResponse:
         known = {400: "the body is not JSON", 404: "there is no such address", 405: "this address takes another method"}
         message = known.get(error.status_code, str(error.detail))
-        body = error_body(message, "invalid_request_error")
-        return JSONResponse(body, error.status_code, error.headers)
+        return error_response(_Other(message, error), request.url.path)
 
     @app.exception_handler(Exception)
     async def bug(request: Request, error: Exception) -> JSONResponse:
         """Its traceback goes to the console."""
-        return JSONResponse(error_body("internal error", "server_error"), 500)
+        return error_response(EngineFailed("internal error"), request.url.path)
+
+
+class _Other(ApiError):
+    """What FastAPI itself answers."""
+
+    def __init__(self, message: str, error: HTTPException) -> None:
+        super().__init__(message)
+        self.status = error.status_code
+        self.headers = error.headers or {}
 
 
 def _explain(error: RequestValidationError) -> BadRequest:
