@@ -23,6 +23,11 @@ _MEANINGS = {
     503: "The queue is full, or the model is not there (yet).",
     504: "Not answered in time.",
 }
+_OTHERS = {
+    400: "the body is not JSON",
+    404: "there is no such address",
+    405: "this address takes another method",
+}
 _BRANCHES = ("str", "int", "float", "bool")  # pydantic's names
 _PLAIN = ("/complete",)  # whose errors are {"error": text}, as they were before
 
@@ -64,8 +69,7 @@ def add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> JSONResponse:
-        known = {400: "the body is not JSON", 404: "there is no such address", 405: "this address takes another method"}
-        message = known.get(error.status_code, str(error.detail))
+        message = _OTHERS.get(error.status_code, str(error.detail))
         return error_response(_Other(message, error), request.url.path)
 
     @app.exception_handler(Exception)

@@ -86,15 +86,14 @@ def _objects(server: Any) -> int:
 
 
 def test_a_stop_lets_running_requests_end() -> None:
-    with ThreadPoolExecutor(1) as pool:
-        with serving() as server:
-            server.decoder.gate.clear()
-            answer = pool.submit(post, server.url)
-            wait_until(lambda: server.decoder.running == 1)
-            server.server.stop()
-            wait_until(lambda: _refuses(server.url))
-            server.decoder.gate.set()
-            assert answer.result().json()["choices"][0]["text"] == "abc"
+    with ThreadPoolExecutor(1) as pool, serving() as server:
+        server.decoder.gate.clear()
+        answer = pool.submit(post, server.url)
+        wait_until(lambda: server.decoder.running == 1)
+        server.server.stop()
+        wait_until(lambda: _refuses(server.url))
+        server.decoder.gate.set()
+        assert answer.result().json()["choices"][0]["text"] == "abc"
 
 
 def _refuses(url: str) -> bool:
@@ -124,14 +123,13 @@ def test_what_outlives_its_grace_is_told_so(stream: bool) -> None:
 
 
 def test_a_second_stop_waits_no_longer() -> None:
-    with ThreadPoolExecutor(1) as pool:
-        with serving(serve_grace=1000.0) as server:
-            server.decoder.gate.clear()
-            answer = pool.submit(post, server.url)
-            wait_until(lambda: server.decoder.running == 1)
-            server.server.stop()
-            server.server.stop()
-            assert answer.result().status_code == 503
+    with ThreadPoolExecutor(1) as pool, serving(serve_grace=1000.0) as server:
+        server.decoder.gate.clear()
+        answer = pool.submit(post, server.url)
+        wait_until(lambda: server.decoder.running == 1)
+        server.server.stop()
+        server.server.stop()
+        assert answer.result().status_code == 503
 
 
 def test_health_tells_what_the_engine_does() -> None:

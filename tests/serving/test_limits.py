@@ -204,13 +204,15 @@ def test_trickling_does_not_buy_time() -> None:
 
 def test_who_reads_too_slowly_is_cut_off_and_frees_its_row() -> None:
     limits: dict[str, Any] = {"seq_length": 200_000, "max_position_embeddings": 200_000}
-    with serving(serve_io_timeout=0.2, serve_rows=1, **limits) as server:
-        with connect(server.url) as connection:
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-            body = {"prompt": "x", "stream": True, "max_tokens": 190_000, "min_tokens": 190_000}
-            connection.sendall(request(json.dumps(body).encode()))
-            wait_until(lambda: server.decoder.cancelled)
-            assert post(server.url).status_code == 200
+    body = {"prompt": "x", "stream": True, "max_tokens": 190_000, "min_tokens": 190_000}
+    with (
+        serving(serve_io_timeout=0.2, serve_rows=1, **limits) as server,
+        connect(server.url) as connection,
+    ):
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.sendall(request(json.dumps(body).encode()))
+        wait_until(lambda: server.decoder.cancelled)
+        assert post(server.url).status_code == 200
 
 
 def test_idle_connections_make_room_for_good_clients() -> None:

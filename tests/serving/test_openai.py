@@ -247,9 +247,12 @@ def test_other_errors_have_their_classes(client, server):
 
 
 def test_a_chat_needs_a_template():
-    with serving() as server, openai.OpenAI(base_url=f"{server.url}/v1", api_key="-") as client:
-        with pytest.raises(openai.BadRequestError, match="has no chat template"):
-            chat(client)
+    with (
+        serving() as server,
+        openai.OpenAI(base_url=f"{server.url}/v1", api_key="-") as client,
+        pytest.raises(openai.BadRequestError, match="has no chat template"),
+    ):
+        chat(client)
 
 
 def test_a_wrong_key_is_an_authentication_error():
