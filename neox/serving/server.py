@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import ipaddress
 import logging
 import math
@@ -33,10 +34,13 @@ def listen(host: str, port: int) -> socket.socket:
         return socket.create_server((host, port), family=family, backlog=1024)
     except OSError as error:
         where = f"serve_host {host}, serve_port {port}"
+        unknown = isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL
         advice = "name another with --set serve_port=PORT"
-        if isinstance(error, socket.gaierror):
+        if unknown:
             advice = "name an address of this machine, or 0.0.0.0 for all of them"
-        raise ConfigError(f"{where}: cannot listen there: {error.strerror}; {advice}") from error
+        # create_server adds to strerror what is said here already.
+        reason = error.strerror if unknown else os.strerror(error.errno or 0)
+        raise ConfigError(f"{where}: cannot listen there: {reason}; {advice}") from error
 
 
 def is_loopback(host: str) -> bool:
