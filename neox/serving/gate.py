@@ -17,10 +17,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from neox.serving.errors import ApiError, Overloaded, TooLarge, WrongKey
 from neox.serving.metrics import Metrics
+from neox.serving.page import FILES
 from neox.serving.responses import error_response
 
 # The page asks for a key itself, and those that watch a server have none.
-OPEN = frozenset({"/", "/health"})
+OPEN = frozenset({*FILES, "/health"})
 
 
 class _Gone(Exception):
