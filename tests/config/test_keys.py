@@ -413,7 +413,6 @@ OURS = {  # the others are upstream's
     *("lora", "adapter", "load_in_8bit", "quantize"),
     *("finetune_data", "finetune_valid_data", "finetune_text_per"),
     *("generate_batch_size", "compile_decoding"),
-    "generate_batch_size",
     *("serve_host", "serve_port", "serve_rows", "serve_queue", "serve_connections"),
     *("serve_max_prompt_tokens", "serve_max_tokens", "serve_max_body", "serve_grace"),
     *("serve_request_timeout", "serve_io_timeout", "serve_api_keys_file", "serve_cors_origins"),
