@@ -75,6 +75,11 @@ def read_keys(file: str | None) -> list[str]:
     return [key for key in keys if key]
 
 
+def _is_bug(record: logging.LogRecord) -> bool:
+    """Tracebacks of ours are for the console; what uvicorn says of clients is not."""
+    return record.exc_info is not None
+
+
 class Server:
     """Answers on a thread of its own, from `running` to its end."""
 
@@ -93,7 +98,8 @@ class Server:
             (PatientProtocol,),
             {"seconds": io_timeout, "most_idle": connections, "idle": {}},
         )
-        logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
+        logging.getLogger("uvicorn.error").addFilter(_is_bug)
+        logging.getLogger("asyncio").setLevel(logging.ERROR)  # it warns of clients that have gone
         self._engine = engine
         self._listener = listener
         self._grace = grace

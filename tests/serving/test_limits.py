@@ -169,14 +169,14 @@ def test_an_answer_that_takes_too_long_is_cancelled() -> None:
     "sent", [b"", b"POST /v1/completions HT", request(b'{"prompt": ', length=100)]
 )
 def test_who_sends_too_slowly_is_told_and_cut_off(sent: bytes) -> None:
-    with serving(serve_io_timeout=0.2) as server, connect(server.url) as connection:
+    with serving(serve_io_timeout=0.5) as server, connect(server.url) as connection:
         connection.sendall(sent)
         assert read_all(connection).startswith(b"HTTP/1.1 408 Request Timeout\r\n")
         assert post(server.url).status_code == 200
 
 
 def test_a_second_request_on_a_connection_has_its_own_time() -> None:
-    with serving(serve_io_timeout=0.2) as server, connect(server.url) as connection:
+    with serving(serve_io_timeout=0.5) as server, connect(server.url) as connection:
         connection.sendall(request(b'{"prompt": "x", "max_tokens": 1}'))
         answer = b""
         while not answer.endswith(b"}}"):
@@ -206,7 +206,7 @@ def test_who_reads_too_slowly_is_cut_off_and_frees_its_row() -> None:
     limits: dict[str, Any] = {"seq_length": 200_000, "max_position_embeddings": 200_000}
     body = {"prompt": "x", "stream": True, "max_tokens": 190_000, "min_tokens": 190_000}
     with (
-        serving(serve_io_timeout=0.2, serve_rows=1, **limits) as server,
+        serving(serve_io_timeout=0.5, serve_rows=1, **limits) as server,
         connect(server.url) as connection,
     ):
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -319,8 +319,8 @@ def test_keys_guard_everything_but_the_page_and_health() -> None:
         }  # fmt: skip
         key = {"Authorization": "Bearer k"}
         assert httpx.get(f"{server.url}/metrics", headers=key).status_code == 200
-        for wrong in ("Basic k", "Bearer", "k", "Bearer kk"):
-            headers = {"Authorization": wrong}
+        for wrong in (b"Basic k", b"Bearer", b"k", b"Bearer kk", b"Bearer k\xff"):
+            headers = {b"Authorization": wrong}
             assert httpx.get(f"{server.url}/v1/models", headers=headers).status_code == 401
 
 

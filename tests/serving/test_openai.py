@@ -261,8 +261,7 @@ def test_a_wrong_key_is_an_authentication_error():
         for key in keys:
             with openai.OpenAI(base_url=f"{server.url}/v1", api_key=key) as client:
                 assert complete(client).choices[0].text == "abc"
-        for key in ("third", "secon", "firs\xff"):
-            with openai.OpenAI(base_url=f"{server.url}/v1", api_key="x") as client:
-                headers: Any = {"Authorization": f"Bearer {key}".encode("latin-1")}
+        for key in ("third", "secon"):
+            with openai.OpenAI(base_url=f"{server.url}/v1", api_key=key) as client:
                 with pytest.raises(openai.AuthenticationError):
-                    complete(client, extra_headers=headers)
+                    complete(client)
