@@ -262,6 +262,6 @@ def test_a_wrong_key_is_an_authentication_error():
             with openai.OpenAI(base_url=f"{server.url}/v1", api_key=key) as client:
                 assert complete(client).choices[0].text == "abc"
         for key in ("third", "secon"):
-            with openai.OpenAI(base_url=f"{server.url}/v1", api_key=key) as client:
-                with pytest.raises(openai.AuthenticationError):
-                    complete(client)
+            client = openai.OpenAI(base_url=f"{server.url}/v1", api_key=key)
+            with client, pytest.raises(openai.AuthenticationError):
+                complete(client)
