@@ -34,15 +34,16 @@ class _Row:
 
 
 class FakeDecoder:
-    """After each prompt come the letters from "a" on, starting `seed` letters later.
+    """After each prompt come the letters from "a" on, starting `seed` letters later, up to `end`.
 
     A token is a byte, as in CharLevelTokenizer. A step gives every running row one token. While
     `gate` is not set, no step is taken: then tests know what is waiting and running.
     """
 
-    def __init__(self, rows: int = 2, step_s: float = 0.0) -> None:
+    def __init__(self, rows: int = 2, step_s: float = 0.0, end: str = "z") -> None:
         self.rows = rows
         self.step_s = step_s
+        self.end = end
         self.gate = threading.Event()
         self.gate.set()
         self.error: Exception | None = None  # what the next step raises
@@ -94,10 +95,9 @@ class FakeDecoder:
         token = ord("a") + (request.seed + len(row.given)) % 26
         row.given.append(token)
         text = chr(token)
-        enough = len(row.given) >= request.minimum_tokens
-        stopped = enough and text in request.stop
         finish: Any = None
-        if stopped or (enough and text == "z" and not request.ignore_eod):
+        enough = len(row.given) > request.minimum_tokens
+        if enough and text in (*request.stop, self.end):
             text, finish = "", "stop"
         elif len(row.given) == request.maximum_tokens:
             finish = "length"
