@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The one command: ./deepy.py train.py|generate.py|evaluate.py CONF... (-h shows the rest)."""
+"""The one command: ./deepy.py train.py|generate.py|evaluate.py|serve.py CONF... (-h shows more)."""
 
 from __future__ import annotations
 

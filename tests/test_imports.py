@@ -48,6 +48,11 @@ DOORS = {
     "datasets": ("neox.evaluation",),
     "wandb": ("neox.train.wandb_run",),
     "fastapi": ("neox.serving",),
+    "starlette": ("neox.serving",),  # what fastapi is made of
+    "pydantic": ("neox.serving",),
+    "uvicorn": ("neox.serving.server", "neox.serving.protocol"),
+    "h11": ("neox.serving.protocol",),
+    "prometheus_client": ("neox.serving.metrics",),
     "bitsandbytes": ("neox.model.quantized", "neox.engine"),
 }
 

@@ -23,14 +23,15 @@ ENTRY_POINTS: dict[str, Purpose] = {
     "generate.py": "generate",
     "evaluate.py": "evaluate",
     "eval.py": "evaluate",
+    "serve.py": "serve",
 }
 
 _DESCRIPTION = """\
-Train, generate from or evaluate a GPT-NeoX model described by NeoX YAML files."""
+Train, generate from, evaluate or serve a GPT-NeoX model described by NeoX YAML files."""
 
 _EPILOG = """\
-USER_SCRIPT is train.py, generate.py or evaluate.py (also eval.py), or the path of your own script,
-which finds its configuration through the environment variable NEOX_CONFIG_FILE.
+USER_SCRIPT is train.py, generate.py, evaluate.py (also eval.py) or serve.py, or the path of your
+own script, which finds its configuration through the environment variable NEOX_CONFIG_FILE.
 CONF may do without its suffix: 125M is 125M.yml. Without any CONF, configs/20B.yml is used.
 
 examples:
@@ -39,6 +40,7 @@ examples:
   ./deepy.py generate.py configs/20B.yml                        unconditional
   ./deepy.py generate.py configs/20B.yml -i prompts.txt -o samples.jsonl
   ./deepy.py evaluate.py configs/20B.yml --eval_tasks lambada piqa --num_fewshot 5
+  ./deepy.py serve.py configs/20B.yml                           OpenAI's API, and a page
   ./deepy.py train.py configs/20B.yml --dry_run                 the configuration, nothing runs
 """
 

@@ -19,7 +19,7 @@ from neox import log
 from neox.cluster.execute import Place, execute, prepare_environment
 from neox.cluster.hosts import Slots, cores, cuda_devices, find_hostfile, read_hostfile, select
 from neox.cluster.run_folder import Job, RunFolder
-from neox.cluster.supervise import supervise
+from neox.cluster.supervise import GRACE_S, supervise
 from neox.config import Devices, NeoXConfig
 from neox.errors import ConfigError
 
@@ -122,9 +122,15 @@ def launch(entry_point: str | None, script: Path | None, config: NeoXConfig, pla
             folder,
             plan.world_size,
             several_hosts=several_hosts,
+            grace_s=_grace(entry_point, config),
         )
     finally:
         folder.remove()
+
+
+def _grace(entry_point: str | None, config: NeoXConfig) -> float:
+    """A server's running requests have theirs, and then it takes a forward pass to end."""
+    return GRACE_S + (config.serve_grace + 10.0 if entry_point == "serve" else 0.0)
 
 
 def _run_in_place(job: Job, config: NeoXConfig, plan: Plan) -> int:

@@ -47,11 +47,13 @@ def supervise(
     world_size: int,
     *,
     several_hosts: bool = False,
+    grace_s: float = GRACE_S,
 ) -> int:
     """Run `command` until every rank is done or one has failed; end everything; return the status.
 
-    0 when all `world_size` ranks said so; 2 for a NeoXError, printed once; 128 + N when signal N
-    ended a rank or this process was asked to stop by it; else what the first failing rank gave.
+    0 when all `world_size` ranks said so, also if they did when they were asked to stop; 2 for a
+    NeoXError, printed once; 128 + N when signal N ended a rank or this process was asked to stop by
+    it; else what the first failing rank gave. Ranks that are asked to stop have `grace_s` seconds.
     """
     leash = folder.hold_leash()
     with _stop_requests() as stop:
@@ -63,8 +65,11 @@ def supervise(
         finally:
             # A launcher that is asked to end tells the other hosts. Where there are none it would
             # only print what interrupted it.
-            _end_all(launcher, folder, stop, signal.SIGTERM if several_hosts else signal.SIGKILL)
+            first = signal.SIGTERM if several_hosts else signal.SIGKILL
+            _end_all(launcher, folder, stop, first, grace_s)
             os.close(leash)
+    if stop and [end.status for end in folder.ends().values()] == [0] * world_size:
+        return 0
     if outcome.report:
         print(outcome.report, file=sys.stderr, flush=True)
     return outcome.status
@@ -212,7 +217,11 @@ def _explain_status(status: int | None) -> tuple[int, str]:
 
 
 def _end_all(
-    launcher: subprocess.Popen[bytes], folder: RunFolder, stop: list[int], first: signal.Signals
+    launcher: subprocess.Popen[bytes],
+    folder: RunFolder,
+    stop: list[int],
+    first: signal.Signals,
+    grace_s: float,
 ) -> None:
     """Leave no process of the run. A second request to stop cuts the waiting short.
 
@@ -224,18 +233,20 @@ def _end_all(
             if start.host == socket.gethostname():
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(start.pid, stop[0])
-        _wait_for_end(launcher, folder, stop)
+        _wait_for_end(launcher, folder, stop, grace_s)
     for to_group, to_strays in ((first, signal.SIGTERM), (signal.SIGKILL, signal.SIGKILL)):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(launcher.pid, to_group)
         for pid in _strays(folder):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, to_strays)
-        _wait_for_end(launcher, folder, stop)
+        _wait_for_end(launcher, folder, stop, GRACE_S)
 
 
-def _wait_for_end(launcher: subprocess.Popen[bytes], folder: RunFolder, stop: list[int]) -> None:
-    deadline = time.monotonic() + GRACE_S
+def _wait_for_end(
+    launcher: subprocess.Popen[bytes], folder: RunFolder, stop: list[int], grace_s: float
+) -> None:
+    deadline = time.monotonic() + grace_s
     requests = len(stop)
     while time.monotonic() < deadline and len(stop) == requests:
         launcher.poll()  # or it would stay in its group as a zombie

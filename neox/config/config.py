@@ -21,6 +21,7 @@ from neox.config.optimizer import OptimizerConfig
 from neox.config.other import OtherConfig
 from neox.config.parallel import ParallelConfig
 from neox.config.runner import RunnerConfig
+from neox.config.serving import ServingConfig
 from neox.config.textgen import TextGenConfig
 from neox.config.tokenizer import TokenizerConfig
 from neox.config.training import TrainingConfig
@@ -38,6 +39,7 @@ SECTIONS = (
     LoggingConfig,
     TextGenConfig,
     EvaluationConfig,
+    ServingConfig,
     MoEConfig,
     DeepSpeedConfig,
     RunnerConfig,
@@ -58,6 +60,7 @@ class NeoXConfig(
     LoggingConfig,
     TextGenConfig,
     EvaluationConfig,
+    ServingConfig,
     MoEConfig,
     DeepSpeedConfig,
     RunnerConfig,

@@ -71,6 +71,13 @@ def _for_evaluation(config: NeoXConfig) -> Findings:
             yield from _folder(name, getattr(config, name), must_exist=True)
 
 
+def _for_serving(config: NeoXConfig) -> Findings:
+    if config.chat_template_path is not None:
+        yield from _folder("chat_template_path", config.chat_template_path, must_exist=True)
+    if config.serve_api_keys_file is not None:
+        yield from _file("serve_api_keys_file", config.serve_api_keys_file)
+
+
 def _tokenizer(config: NeoXConfig) -> Findings:
     if config.tokenizer_type in _NO_VOCAB_FILE:
         return
@@ -86,6 +93,7 @@ _LOOKS = {
     "train": (_tokenizer, _for_training),
     "generate": (_tokenizer, _for_generation),
     "evaluate": (_tokenizer, _for_evaluation),
+    "serve": (_tokenizer, _for_serving),
     "logits": (),
 }
 

@@ -11,7 +11,7 @@ from neox.config.config import NeoXConfig
 from neox.config.draft import SAID, Draft
 
 PROCESSES_PER_CORE = 2
-FITTED = ("generate", "evaluate")  # purposes whose grid may be changed
+FITTED = ("generate", "evaluate", "serve")  # purposes whose grid may be changed
 SIZES = ("model_parallel_size", "pipe_parallel_size")
 _CHECKS = agreement.CHECKS.about(*SIZES)
 
@@ -33,10 +33,11 @@ def settle_grid(draft: Draft, config: NeoXConfig, devices: Devices, purpose: str
     """The number of processes, and where it may be changed, the grid that they make.
 
     Training and a user's own script take every device, and their grid is never changed. `logits`
-    takes the devices of one copy of the model. Generation and evaluation go by this policy:
+    takes the devices of one copy of the model. The others go by this policy:
 
     - The grid as it is given fits when there are tp * pp devices or more. Whole further copies of
-      the model share the prompts; the devices that are left over are not used.
+      the model share the prompts, but a server has one copy; the devices that are left over are
+      not used.
     - On a CPU where nothing says how many processes there are to be, it fits up to
       PROCESSES_PER_CORE, and is replaced by one process beyond: that has every core, and the
       memory of one set of libraries.
@@ -56,7 +57,8 @@ def settle_grid(draft: Draft, config: NeoXConfig, devices: Devices, purpose: str
         return copy
     if copy > there:
         return _replace_grid(draft, config, devices)
-    world_size = there if devices.all_start else there - there % copy
+    whole = copy if purpose == "serve" else there - there % copy
+    world_size = there if devices.all_start else whole
     if world_size < there:
         draft.notes.append(
             f"{_opening(config)} takes {copy} devices and there are {there}: "

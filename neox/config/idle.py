@@ -85,11 +85,16 @@ _IDLE: dict[str, tuple[Callable[[NeoXConfig], bool], str]] = {
     "finetune_text_per": (lambda c: not c.finetune_data, "only finetune_data reads it"),
 }
 
+# What acts whatever the others say, for these purposes.
+_READ_BY = {"chat_template_path": ("serve",)}
 
-def idle_keys(config: NeoXConfig) -> Iterator[tuple[str, str]]:
+
+def idle_keys(config: NeoXConfig, purpose: str | None = None) -> Iterator[tuple[str, str]]:
     """(key, warning) of every key whose value differs from the default and is not read."""
     keys = keys_of(NeoXConfig)
     for name, (is_idle, why) in _IDLE.items():
         value = getattr(config, name)
+        if purpose in _READ_BY.get(name, ()):
+            continue
         if value != keys[name].default and is_idle(config):
             yield name, f"{name} is {show(value)}, which does nothing: {why}."

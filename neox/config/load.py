@@ -26,7 +26,7 @@ from neox.config.idle import idle_keys
 from neox.config.values import show
 from neox.errors import ConfigError
 
-Purpose = Literal["train", "generate", "evaluate", "logits"]
+Purpose = Literal["train", "generate", "evaluate", "serve", "logits"]
 WorldSize = int | Callable[[NeoXConfig], Devices | None] | None
 
 
@@ -179,7 +179,7 @@ def _settle(draft: Draft, purpose: Purpose | None, world_size: WorldSize) -> Neo
     for checks in (agreement, data_checks, optimizer_checks, frozen_checks, needs):
         for key, message in list(checks.CHECKS.run(config, purpose, draft.bad)):
             draft.problem(key, message)
-    for key, message in idle_keys(config):
+    for key, message in idle_keys(config, purpose):
         draft.warn(key, message)
     return config
 

@@ -8,7 +8,7 @@ from neox.config.config import NeoXConfig
 from neox.config.values import listed, show
 
 CHECKS = Checks()
-_WITH_TEXT = ("train", "generate", "evaluate")
+_WITH_TEXT = ("train", "generate", "evaluate", "serve")
 _TOKENIZER_FILES = {
     "GPT2BPETokenizer": {"vocab_file": "GPT-2's vocab.json", "merge_file": "its merges.txt"},
     "HFTokenizer": {"vocab_file": "the tokenizer's .json file"},
@@ -104,7 +104,7 @@ def _finetuning_has_weights(config: NeoXConfig) -> Findings:
         )
 
 
-@CHECKS.reading("load", purposes=("generate", "evaluate", "logits"))
+@CHECKS.reading("load", purposes=("generate", "evaluate", "serve", "logits"))
 def _there_is_a_checkpoint(config: NeoXConfig) -> Findings:
     if config.load is None:
         yield "load", "load is missing. Name the folder of the checkpoint to use."
@@ -127,3 +127,36 @@ def _prompts_have_an_end(config: NeoXConfig) -> Findings:
             'prompt_end is "", which separates nothing. Give the text that ends a prompt, or leave '
             "it out for a prompt a line.",
         )
+
+
+@CHECKS.reading("model_parallel_size", "pipe_parallel_size", purposes=("serve",))
+def _one_copy_is_served(config: NeoXConfig) -> Findings:
+    if config.dp > 1:
+        yield (
+            "world_size",
+            f"serve.py serves one copy of the model, of {config.tp * config.pp} processes, and "
+            f"there are {config.world_size}. Set num_gpus to {config.tp * config.pp}, or start a "
+            "server for each copy.",
+        )
+
+
+@CHECKS.reading("serve_max_prompt_tokens", "seq_length", purposes=("serve",))
+def _prompts_leave_room(config: NeoXConfig) -> Findings:
+    longest = config.serve_max_prompt_tokens
+    if longest is not None and longest >= config.seq_length:
+        yield (
+            "serve_max_prompt_tokens",
+            f"serve_max_prompt_tokens ({longest}) leaves no room to generate in seq_length "
+            f"({config.seq_length}). Give at most {config.seq_length - 1}.",
+        )
+
+
+@CHECKS.reading("adapters", purposes=("serve",))
+def _adapters_have_folders(config: NeoXConfig) -> Findings:
+    for name, folder in (config.adapters or {}).items():
+        if not isinstance(folder, str):
+            yield (
+                f"adapters.{name}",
+                f"adapters.{name} is {show(folder)}, but it must be the path of an adapter's "
+                "folder.",
+            )

@@ -141,3 +141,19 @@ def find_chat_template(config: NeoXConfig, wanted_because: str) -> ChatTemplate:
         f"{wanted_because} without chat_template_path, and {reason}. Set chat_template_path to the "
         "folder of a chat model's tokenizer"
     )
+
+
+def chat_template_beside(config: NeoXConfig) -> ChatTemplate | None:
+    """That of chat_template_path; without it, that of vocab_file's folder if there is one.
+
+    ConfigError when chat_template_path has none. transformers is not imported to find nothing.
+    """
+    folder = _folder(config)
+    if config.chat_template_path is None:
+        if folder is None or not any((folder / name).is_file() for name in _FILES):
+            return None
+        try:
+            return _load(str(folder))
+        except DataError:
+            return None
+    return find_chat_template(config, "a chat is asked for")

@@ -155,6 +155,19 @@ except KeyboardInterrupt:
     assert status == 130 and saved.exists()
 
 
+def test_ranks_that_end_well_when_asked_to_stop_are_a_success(
+    run: Callable[..., tuple[int, str]],
+) -> None:
+    body = """
+signal.signal(signal.SIGTERM, lambda number, frame: (end(rank, 0), sys.exit(0)))
+os.kill(supervisor, signal.SIGTERM)
+while True:
+    signal.pause()
+"""
+    assert run(body) == (0, "")
+    assert run(body, 2) == (143, "stopped by SIGTERM\n")  # the other has not said so
+
+
 def test_the_end_of_a_killed_rank_is_shown_with_its_last_output(
     run: Callable[..., tuple[int, str]],
 ) -> None:

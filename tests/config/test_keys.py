@@ -308,6 +308,23 @@ FROZEN = {
         num_fewshot                               acts     null
         limit                                     acts     null
     """,
+    "ServingConfig": r"""
+        serve_host                                acts     "127.0.0.1"
+        serve_port                                acts     8000
+        serve_rows                                acts     8
+        serve_queue                               acts     64
+        serve_max_prompt_tokens                   acts     null
+        serve_max_tokens                          acts     null
+        serve_max_body                            acts     1048576
+        serve_request_timeout                     acts     600.0
+        serve_io_timeout                          acts     20.0
+        serve_connections                         acts     256
+        serve_grace                               acts     30.0
+        serve_api_keys_file                       acts     null
+        serve_cors_origins                        acts     null
+        legacy_double_json                        acts     false
+        adapters                                  acts     null
+    """,
     "MoEConfig": r"""
         moe_num_experts                           refused  1
         moe_expert_interval                       refused  1
@@ -396,6 +413,10 @@ OURS = {  # the others are upstream's
     *("lora", "adapter", "load_in_8bit", "quantize"),
     *("finetune_data", "finetune_valid_data", "finetune_text_per"),
     *("generate_batch_size", "compile_decoding"),
+    *("serve_host", "serve_port", "serve_rows", "serve_queue", "serve_connections"),
+    *("serve_max_prompt_tokens", "serve_max_tokens", "serve_max_body", "serve_grace"),
+    *("serve_request_timeout", "serve_io_timeout", "serve_api_keys_file", "serve_cors_origins"),
+    *("legacy_double_json", "adapters"),
 }
 
 

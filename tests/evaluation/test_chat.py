@@ -11,7 +11,7 @@ import pytest
 from neox.errors import ConfigError, DataError
 from neox.evaluation.chat import chat_template_of
 from neox.evaluation.tasks import load_tasks
-from neox.tokenizer.chat import load_chat_template
+from neox.tokenizer.chat import chat_template_beside, load_chat_template
 from tests import small_tokenizer
 from tests.evaluation import models
 
@@ -53,6 +53,20 @@ def test_from_its_folder_or_the_vocabulary_s(folder):
         template = chat_template_of(settings(**values))
         assert template is not None
         assert (template.folder, template.source) == (str(folder), TEMPLATE)
+
+
+def test_a_server_takes_what_is_there(folder, tmp_path_factory):
+    path = str(folder / "tokenizer.json")
+    template = chat_template_beside(models.config(vocab_file=path))
+    assert template is not None and template.source == TEMPLATE
+    empty = tmp_path_factory.mktemp("empty")
+    small_tokenizer.write(empty)
+    for values in ({"vocab_file": str(empty / "tokenizer.json")}, {}):
+        assert chat_template_beside(models.config(**values)) is None
+    configure(empty, None)
+    assert chat_template_beside(models.config(vocab_file=str(empty))) is None
+    with pytest.raises(ConfigError, match=r"chat_template_path: .* has no chat template"):
+        chat_template_beside(models.config(chat_template_path=str(empty)))
 
 
 WITHOUT = "apply_chat_template is true without chat_template_path, and "

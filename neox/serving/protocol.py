@@ -1,0 +1,94 @@
+"""uvicorn's HTTP protocol with patience that ends: for clients that send or read too slowly.
+
+A slow client costs a connection, so those are limited: where there are too many that have not sent
+a whole header, the oldest of them is closed. Good clients send theirs at once and are never among
+the oldest for long.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import h11
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from neox.serving.errors import error_body
+
+_BODY = json.dumps(error_body("the request did not come in time", "timeout")).encode()
+_TOO_SLOW = (
+    b"HTTP/1.1 408 Request Timeout\r\ncontent-type: application/json\r\nconnection: close\r\n"
+    b"content-length: %d\r\n\r\n%b" % (len(_BODY), _BODY)
+)
+
+
+class PatientProtocol(H11Protocol):
+    """`seconds` and `most_idle` are set on a subclass, since uvicorn makes the instances."""
+
+    seconds: float
+    most_idle: int
+    idle: dict[PatientProtocol, None]  # without a whole header, the oldest first
+
+    def __init__(self, *arguments: Any, **keywords: Any) -> None:
+        super().__init__(*arguments, **keywords)
+        self._reading: asyncio.TimerHandle | None = None
+        self._writing: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._watch_reading()
+        if len(self.idle) > self.most_idle:
+            oldest = next(iter(self.idle))
+            del self.idle[oldest]  # its connection_lost comes later
+            oldest.transport.abort()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self.idle.pop(self, None)
+        for timer in (self._reading, self._writing):
+            if timer is not None:
+                timer.cancel()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._watch_reading()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._watch_reading()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._writing = self.loop.call_later(self.seconds, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._writing is not None:
+            self._writing.cancel()
+
+    def _watch_reading(self) -> None:
+        """A request, header and body, has `seconds` from its first byte, the first from the start.
+
+        Between requests uvicorn's keep-alive timeout counts.
+        """
+        theirs = self.conn.their_state
+        if theirs is h11.IDLE:
+            self.idle.setdefault(self)
+        else:
+            self.idle.pop(self, None)
+        is_partial = theirs is h11.SEND_BODY or (
+            theirs is h11.IDLE and self.timeout_keep_alive_task is None
+        )
+        if not is_partial and self._reading is not None:
+            self._reading.cancel()
+            self._reading = None
+        elif is_partial and self._reading is None:
+            self._reading = self.loop.call_later(self.seconds, self._too_slow)
+
+    def _too_slow(self) -> None:
+        cycle = self.cycle
+        amid = cycle is not None and cycle.response_started and not cycle.response_complete
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE) and not amid:
+            self.transport.write(_TOO_SLOW)
+        self.transport.close()
