@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from neox.config.fields import keys_of
 from neox.config.files import check_files as find_missing_files
 from neox.config.grid import Devices, settle_grid
 from neox.config.idle import idle_keys
-from neox.config.values import show
+from neox.config.values import Misfit, fit, show
 from neox.errors import ConfigError
 
 Purpose = Literal["train", "generate", "evaluate", "logits"]
@@ -79,6 +80,20 @@ def from_dict(
     config = _settle(draft, purpose, world_size)
     draft.finish()
     return config
+
+
+def change(config: NeoXConfig, name: str, value: Any) -> NeoXConfig:
+    """`config` with another value of a key that agrees with any other, as those of sampling do.
+
+    None is the key's default. Raises ConfigError when the value is not what the key takes.
+    """
+    spec = keys_of(NeoXConfig)[name]
+    try:
+        value = fit(value, spec)
+    except Misfit as misfit:
+        raise ConfigError(f"{name} is {show(value)}, {misfit}") from None
+    changed: dict[str, Any] = {name: spec.default if value is None else value}
+    return dataclasses.replace(config, **changed)
 
 
 def parse_set(text: str) -> tuple[str, Any]:
