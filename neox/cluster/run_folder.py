@@ -127,8 +127,8 @@ class RunFolder:
 
     @property
     def interrupts_are_claimed(self) -> bool:
-        """Whether Ctrl-C is for rank 0 and not for the launcher."""
-        return (self.path / _CLAIMED).exists()
+        """Whether Ctrl-C is for rank 0, which is on this host, and not for the launcher."""
+        return (self.path / _CLAIMED).exists() and self.starts()[0].host == socket.gethostname()
 
     def hold_leash(self) -> int:
         """Open the pipe for writing; ranks live as long as this file descriptor."""

@@ -83,12 +83,10 @@ def _stop_requests(folder: RunFolder) -> Iterator[list[int]]:
 
     def request(number: int, frame: object) -> None:
         if number == signal.SIGINT and folder.interrupts_are_claimed:
-            start = folder.starts()[0]
-            if start.host == socket.gethostname():
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(start.pid, number)
-                return
-        received.append(number)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(folder.starts()[0].pid, number)
+        else:
+            received.append(number)
 
     def suspend(number: int, frame: object) -> None:
         if not folder.interrupts_are_claimed:

@@ -36,6 +36,7 @@ class Terminal:
         self._prompt_end = prompt_end
         self._claim = claim
         self._reading = False
+        self._lines = 0  # of the prompt that is being typed
         self._readline = _line_editing()
         self._history = History()
         if self._readline is not None:
@@ -77,24 +78,28 @@ class Terminal:
                 return None
             except KeyboardInterrupt:
                 print()
-                if not self._has_typed():
-                    if warned:
-                        return None
-                    warned = True
+                if warned and not self._has_typed():
+                    return None
+                warned = not self._has_typed()
+                if warned:
                     self.tell("(Ctrl-C again or Ctrl-D ends)")
                 continue
             finally:
                 self._reading = False
             if text.strip():
                 return text
+            warned = False
 
     def _has_typed(self) -> bool:
-        """Whether the line that Ctrl-C ended had something in it. Unknown without readline: no."""
-        return self._readline is not None and bool(self._readline.get_line_buffer())
+        """Whether Ctrl-C cleared something. Without readline a first line is taken for empty."""
+        line = "" if self._readline is None else self._readline.get_line_buffer()
+        return self._lines > 0 or line != ""
 
     def _read(self) -> str:
         """One prompt. KeyboardInterrupt; EOFError where nothing comes any more."""
+        self._lines = 0
         text = input(PROMPT)
+        self._lines = 1
         if text.startswith(":"):
             self._remember(text)
             return text
@@ -102,7 +107,8 @@ class Terminal:
             if self._prompt_end == "\n":
                 # Lines that were pasted, or come from the history, are inside `text` already.
                 while text.endswith("\\"):
-                    text = text[:-1] + "\n" + input(MORE)
+                    text = text[:-1] + "\n"
+                    text += input(MORE)
             else:
                 text += "\n"
                 while self._prompt_end not in text:
