@@ -28,6 +28,9 @@ from neox.config.values import Misfit, fit, show
 from neox.errors import ConfigError
 
 Purpose = Literal["train", "generate", "evaluate", "logits"]
+_CROSS_CHECKS = [
+    module.CHECKS for module in (agreement, data_checks, optimizer_checks, frozen_checks, needs)
+]
 WorldSize = int | Callable[[NeoXConfig], Devices | None] | None
 
 
@@ -82,18 +85,22 @@ def from_dict(
     return config
 
 
-def change(config: NeoXConfig, name: str, value: Any) -> NeoXConfig:
-    """`config` with another value of a key that agrees with any other, as those of sampling do.
+def change(config: NeoXConfig, name: str, value: Any, purpose: Purpose | None = None) -> NeoXConfig:
+    """`config` with another value of a key that no other is derived from; None is its default.
 
-    None is the key's default. Raises ConfigError when the value is not what the key takes.
+    Raises ConfigError when the value is not what the key takes or does not agree with others.
     """
     spec = keys_of(NeoXConfig)[name]
     try:
         value = fit(value, spec)
     except Misfit as misfit:
         raise ConfigError(f"{name} is {show(value)}, {misfit}") from None
-    changed: dict[str, Any] = {name: spec.default if value is None else value}
-    return dataclasses.replace(config, **changed)
+    values: dict[str, Any] = {name: spec.default if value is None else value}
+    changed = dataclasses.replace(config, **values)
+    for checks in _CROSS_CHECKS:
+        for _, message in checks.about(name).run(changed, purpose, set()):
+            raise ConfigError(message)
+    return changed
 
 
 def parse_set(text: str) -> tuple[str, Any]:
@@ -191,8 +198,8 @@ def _settle(draft: Draft, purpose: Purpose | None, world_size: WorldSize) -> Neo
         config = _build(draft)
     settle_sizes(draft, config, world_size, strict=purpose == "train")
     config = _build(draft)
-    for checks in (agreement, data_checks, optimizer_checks, frozen_checks, needs):
-        for key, message in list(checks.CHECKS.run(config, purpose, draft.bad)):
+    for checks in _CROSS_CHECKS:
+        for key, message in list(checks.run(config, purpose, draft.bad)):
             draft.problem(key, message)
     for key, message in idle_keys(config):
         draft.warn(key, message)
