@@ -5,6 +5,7 @@
     leash              a named pipe that the launcher holds open as long as it lives
     rank_N.started     {pid, host}, once rank N is up
     rank_N.ended       {status, error, message, time}, when rank N is done or has failed
+    claimed            there while rank 0 is at a terminal and acts on Ctrl-C itself
     rank_N.log         what rank N > 0 printed; in log_dir instead, and kept, when that is set
 
 Each file is whole or absent. Nothing of a configuration appears on a command line.
@@ -30,6 +31,7 @@ from neox.config import NeoXConfig
 # Every process of a run has it in its environment, which is how a stray one is found.
 RUN_FOLDER = "NEOX_RUN_FOLDER"
 CONFIG_FILE = "NEOX_CONFIG_FILE"
+_CLAIMED = "claimed"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,6 +125,11 @@ class RunFolder:
 
     # the launcher's side
 
+    @property
+    def interrupts_are_claimed(self) -> bool:
+        """Whether Ctrl-C is for rank 0, which is on this host, and not for the launcher."""
+        return (self.path / _CLAIMED).exists() and self.starts()[0].host == socket.gethostname()
+
     def hold_leash(self) -> int:
         """Open the pipe for writing; ranks live as long as this file descriptor."""
         return os.open(self.path / "leash", os.O_RDWR)  # O_WRONLY would wait for a reader
@@ -140,3 +147,13 @@ class RunFolder:
                 self._read[file] = json.loads(file.read_text())
             records[int(file.stem.removeprefix("rank_"))] = self._read[file]
         return records
+
+
+def claim_interrupts(claimed: bool) -> None:
+    """Say on rank 0 whether it acts on Ctrl-C itself, or the launcher ends the run, as at first.
+
+    In a single process there is no launcher that would have to know.
+    """
+    if RUN_FOLDER in os.environ:
+        file = Path(os.environ[RUN_FOLDER]) / _CLAIMED
+        file.touch() if claimed else file.unlink(missing_ok=True)

@@ -14,8 +14,9 @@ import signal
 import socket
 import subprocess
 import sys
+import termios
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,7 +57,7 @@ def supervise(
     it; else what the first failing rank gave. Ranks that are asked to stop have `grace_s` seconds.
     """
     leash = folder.hold_leash()
-    with _stop_requests() as stop:
+    with _terminal_as_before(), _stop_requests(folder) as stop:
         launcher = subprocess.Popen(
             command, env={**environment, RUN_FOLDER: str(folder.path)}, start_new_session=True
         )
@@ -76,21 +77,55 @@ def supervise(
 
 
 @contextlib.contextmanager
-def _stop_requests() -> Iterator[list[int]]:
-    """The signals that have asked us to stop, as a list that grows."""
+def _stop_requests(folder: RunFolder) -> Iterator[list[int]]:
+    """The signals that have asked us to stop, as a list that grows.
+
+    The launcher's session is not the terminal's, so the keys' signals come here. While rank 0
+    claims them, Ctrl-C is passed on to it, and Ctrl-Z does nothing: rank 0 would read on, beside
+    the shell.
+    """
     received: list[int] = []
-    signals = [signal.SIGINT, signal.SIGTERM]
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # ignored under nohup
-        signals.append(signal.SIGHUP)
-    before = {
-        number: signal.signal(number, lambda number, frame: received.append(number))
-        for number in signals
+
+    def request(number: int, frame: object) -> None:
+        if number == signal.SIGINT and folder.interrupts_are_claimed:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(folder.starts()[0].pid, number)
+        else:
+            received.append(number)
+
+    def suspend(number: int, frame: object) -> None:
+        if not folder.interrupts_are_claimed:
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+    handlers: dict[int, Callable[[int, object], None]] = {
+        signal.SIGINT: request,
+        signal.SIGTERM: request,
+        signal.SIGTSTP: suspend,
     }
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # ignored under nohup
+        handlers[signal.SIGHUP] = request
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         yield received
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
+
+
+@contextlib.contextmanager
+def _terminal_as_before() -> Iterator[None]:
+    """A rank that is killed while its user types a line leaves the terminal without an echo."""
+    if sys.stdin is None or not sys.stdin.isatty():
+        yield
+        return
+    terminal = sys.stdin.fileno()
+    before = termios.tcgetattr(terminal)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError, termios.error):
+            if os.tcgetpgrp(terminal) == os.getpgrp():  # in the background it is another's
+                termios.tcsetattr(terminal, termios.TCSADRAIN, before)
 
 
 class _Watch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,10 +24,13 @@ from neox.config.fields import keys_of
 from neox.config.files import check_files as find_missing_files
 from neox.config.grid import Devices, settle_grid
 from neox.config.idle import idle_keys
-from neox.config.values import show
+from neox.config.values import Misfit, fit, show
 from neox.errors import ConfigError
 
 Purpose = Literal["train", "generate", "evaluate", "serve", "logits"]
+_CROSS_CHECKS = [
+    module.CHECKS for module in (agreement, data_checks, optimizer_checks, frozen_checks, needs)
+]
 WorldSize = int | Callable[[NeoXConfig], Devices | None] | None
 
 
@@ -79,6 +83,24 @@ def from_dict(
     config = _settle(draft, purpose, world_size)
     draft.finish()
     return config
+
+
+def change(config: NeoXConfig, name: str, value: Any, purpose: Purpose | None = None) -> NeoXConfig:
+    """`config` with another value of a key that no other is derived from; None is its default.
+
+    Raises ConfigError when the value is not what the key takes or does not agree with others.
+    """
+    spec = keys_of(NeoXConfig)[name]
+    try:
+        value = fit(value, spec)
+    except Misfit as misfit:
+        raise ConfigError(f"{name} is {show(value)}, {misfit}") from None
+    values: dict[str, Any] = {name: spec.default if value is None else value}
+    changed = dataclasses.replace(config, **values)
+    for checks in _CROSS_CHECKS:
+        for _, message in checks.about(name).run(changed, purpose, set()):
+            raise ConfigError(message)
+    return changed
 
 
 def parse_set(text: str) -> tuple[str, Any]:
@@ -176,8 +198,8 @@ def _settle(draft: Draft, purpose: Purpose | None, world_size: WorldSize) -> Neo
         config = _build(draft)
     settle_sizes(draft, config, world_size, strict=purpose == "train")
     config = _build(draft)
-    for checks in (agreement, data_checks, optimizer_checks, frozen_checks, needs):
-        for key, message in list(checks.CHECKS.run(config, purpose, draft.bad)):
+    for checks in _CROSS_CHECKS:
+        for key, message in list(checks.run(config, purpose, draft.bad)):
             draft.problem(key, message)
     for key, message in idle_keys(config, purpose):
         draft.warn(key, message)

@@ -1,14 +1,11 @@
-"""The ways to generate: without a prompt, from a file of prompts, at the terminal."""
+"""Completions into a file: of a file's prompts, or without one."""
 
 from __future__ import annotations
 
 import contextlib
-import io
-import itertools
 import json
 import os
 import re
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +16,7 @@ import torch.distributed as dist
 from neox import log
 from neox.config import NeoXConfig
 from neox.errors import ConfigError, DataError, NeoXError
-from neox.inference.detokenize import StreamingDetokenizer
-from neox.inference.generate import completions, continuation, encode
-from neox.inference.request import no_room
+from neox.inference.generate import completions
 from neox.inference.stages import InferenceModel
 from neox.parallel.groups import ProcessGroups
 from neox.tokenizer import Tokenizer
@@ -155,58 +150,10 @@ def _gather(result: dict[str, Any] | None, groups: ProcessGroups) -> list[dict[s
     return [result for result in results if result is not None] if groups.rank == 0 else []
 
 
-def interactive(model: InferenceModel, tokenizer: Tokenizer, config: NeoXConfig) -> None:
-    """Read prompts at the terminal and print what follows them as it comes.
-
-    Every prompt stands alone; rank 0 reads and prints. The end of the input (Ctrl-D) or Ctrl-C
-    ends it. Collective over the world: extra replicas repeat the work.
-    """
-    groups = model.groups
-    if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="replace")  # a stray byte becomes U+FFFD and ends nothing
-    with contextlib.suppress(KeyboardInterrupt):
-        for index in itertools.count():
-            text = _from_rank_0(lambda: _read_prompt(config.prompt_end), groups)
-            if text is None:
-                break
-            prompt = encode(tokenizer, text)
-            problem = no_room(len(prompt), config.seq_length)
-            if problem is not None:
-                log.warning(problem)
-                continue
-            _say(groups, "Generated Text: ")
-            detokenizer = StreamingDetokenizer(tokenizer)
-            for token, _ in continuation(model, tokenizer, config, prompt, index):
-                if token != tokenizer.eod:
-                    _say(groups, detokenizer.push(token))
-            _say(groups, detokenizer.flush() + "\n")
-    _say(groups, "\n")
-
-
-def _read_prompt(prompt_end: str) -> str | None:
-    """What is typed up to `prompt_end` or to the end of the input; None when nothing is left."""
-    if sys.stdin is None:  # closed by the shell's <&-
-        return None
-    text = ""
-    try:
-        while prompt_end not in text:
-            text += input("... " if text else "Context prompt >>> ") + "\n"
-    except EOFError:
-        return text.rstrip() or None
-    except KeyboardInterrupt:
-        return None
-    return text.split(prompt_end)[0]
-
-
-def _say(groups: ProcessGroups, text: str) -> None:
-    if groups.rank == 0 and text:
-        print(text, end="", flush=True)
-
-
 def _from_rank_0(function: Callable[[], T], groups: ProcessGroups) -> T:
     """What `function` gives on rank 0, on every rank; its NeoXError is raised on every rank.
 
-    Only rank 0 has the terminal, and on a cluster perhaps the files. Collective over the world.
+    On a cluster perhaps only rank 0 has the files. Collective over the world.
     """
     answer: list[Any] = [None, None]  # the value, the error
     if groups.rank == 0:

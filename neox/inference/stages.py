@@ -61,6 +61,17 @@ class InferenceModel:
         return sum(isinstance(module, TransformerLayer) for _, module in self._stage)
 
     @property
+    def weight_bytes(self) -> int:
+        """Memory of this rank's weights; what two layers share counts once."""
+        modules = [module for _, module in self._stage if isinstance(module, nn.Module)]
+        held = {
+            tensor.data_ptr(): tensor.nbytes
+            for module in modules
+            for tensor in (*module.parameters(), *module.buffers())
+        }
+        return sum(held.values())
+
+    @property
     def _last_block(self) -> int:
         """The NeoX index of the model's last transformer layer."""
         return self.config.num_layers + 1

@@ -14,6 +14,9 @@ import pytest
 from neox.cluster.run_folder import Job, RunFolder
 from neox.cluster.supervise import supervise
 from neox.config import from_dict
+from tests.terminal import Person
+
+REPOSITORY = Path(__file__).parents[2]
 
 # A launcher that looks after its one process once a second, as DeepSpeed's does. The process is a
 # rank and runs a test's body; `end(rank, status, ...)` are any rank's last words.
@@ -35,32 +38,37 @@ folder.write_start(rank)
 """
 
 
+def supervise_script(parent: Path, body: str, world_size: int = 1, rank: int = 0) -> int:
+    """The exit status of a run in `parent` whose rank `rank` runs `body`."""
+    config = from_dict(
+        {
+            "num_layers": 2,
+            "hidden_size": 32,
+            "num_attention_heads": 4,
+            "seq_length": 16,
+            "max_position_embeddings": 16,
+        }
+    )
+    job = Job("train", None, "cpu", world_size, "127.0.0.1", 29500, "here")
+    folder = RunFolder.create(job, config, parent=parent)
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    command = [sys.executable, "-c", LAUNCHER + body, str(folder.path), str(rank)]
+    return supervise(command, environment, folder, world_size)
+
+
 @pytest.fixture
 def run(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> Iterator[Callable[[str, int], tuple[int, str]]]:
+) -> Iterator[Callable[..., tuple[int, str]]]:
     """run(body, world_size, rank) -> (exit status, what was printed as the reason)"""
 
-    def supervise_script(body: str, world_size: int = 1, rank: int = 0) -> tuple[int, str]:
-        config = from_dict(
-            {
-                "num_layers": 2,
-                "hidden_size": 32,
-                "num_attention_heads": 4,
-                "seq_length": 16,
-                "max_position_embeddings": 16,
-            }
-        )
-        job = Job("train", None, "cpu", world_size, "127.0.0.1", 29500, "here")
-        folder = RunFolder.create(job, config, parent=tmp_path)
-        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-        command = [sys.executable, "-c", LAUNCHER + body, str(folder.path), str(rank)]
-        status = supervise(command, environment, folder, world_size)
+    def begin(body: str, world_size: int = 1, rank: int = 0) -> tuple[int, str]:
+        status = supervise_script(tmp_path, body, world_size, rank)
         return status, capfd.readouterr().err
 
     # Under nohup it is ignored, and so it would be by what is tested.
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    yield supervise_script
+    yield begin
     signal.signal(signal.SIGHUP, before)
 
 
@@ -166,6 +174,45 @@ while True:
 """
     assert run(body) == (0, "")
     assert run(body, 2) == (143, "stopped by SIGTERM\n")  # the other has not said so
+
+
+def test_ctrl_c_is_rank_0s_while_it_claims_it_and_ctrl_z_nobodys(
+    run: Callable[..., tuple[int, str]], tmp_path: Path
+) -> None:
+    got = tmp_path / "got"
+    body = f"""
+from neox.cluster.run_folder import claim_interrupts
+claim_interrupts(True)
+try:
+    os.kill(supervisor, signal.SIGTSTP)
+    os.kill(supervisor, signal.SIGINT)
+    time.sleep(60)
+except KeyboardInterrupt:
+    Path({str(got)!r}).write_text(Path(f"/proc/{{supervisor}}/stat").read_text())
+claim_interrupts(False)
+try:
+    os.kill(supervisor, signal.SIGINT)
+    time.sleep(60)
+except KeyboardInterrupt:
+    sys.exit()
+"""
+    assert run(body) == (130, "stopped by SIGINT\n")
+    assert got.read_text().rpartition(") ")[2][0] != "T"
+
+
+def test_a_killed_rank_leaves_the_terminal_as_it_was(tmp_path: Path) -> None:
+    body = """
+import termios
+settings = termios.tcgetattr(0)
+settings[3] &= ~termios.ECHO
+termios.tcsetattr(0, termios.TCSANOW, settings)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    script = "import sys; from pathlib import Path; from tests.cluster.test_supervise import *\n"
+    script += f"sys.exit(supervise_script(Path({str(tmp_path)!r}), {body!r}))"
+    person = Person([sys.executable, "-c", script], REPOSITORY, {})
+    assert person.leaves() == 137  # asserts that it has an echo
+    person.close()
 
 
 def test_the_end_of_a_killed_rank_is_shown_with_its_last_output(

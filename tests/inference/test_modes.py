@@ -1,10 +1,8 @@
-"""Files of prompts in, JSON Lines out; the terminal; several replicas."""
+"""Files of prompts in, JSON Lines out; several replicas."""
 
 from __future__ import annotations
 
-import io
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,7 +13,7 @@ from neox.errors import ConfigError, DataError
 from neox.inference import modes
 from neox.parallel.groups import initialize
 from neox.parallel.topology import Topology
-from tests.inference.fakes import VOCABULARY, ByteTokenizer, FakeModel, config, mixed, script
+from tests.inference.fakes import VOCABULARY, ByteTokenizer, FakeModel, config, mixed
 
 KEYS = ["context", "text", "length", "finished", "message", "duration_seconds"]
 
@@ -173,88 +171,6 @@ def test_preparing_leaves_earlier_results_alone(prompts):
     settings = config(text_gen_type="input-file", sample_input_file=str(prompts))
     modes.prepare(settings, FakeModel(settings).groups)
     assert output.read_text() == "of an earlier run"
-
-
-def type_in(monkeypatch, lines: list[str | type[BaseException]]) -> None:
-    """Answer `input()` with these lines; an exception class is raised; then the input ends."""
-    answers: Iterator = iter(lines)
-
-    def answer(prompt: str) -> str:
-        print(prompt, end="")
-        line = next(answers, EOFError)
-        if isinstance(line, str):
-            return line
-        raise line
-
-    monkeypatch.setattr("builtins.input", answer)
-
-
-def converse(monkeypatch, capsys, lines, logits=mixed, **values) -> str:
-    type_in(monkeypatch, lines)
-    settings = config(text_gen_type="interactive", **values)
-    modes.interactive(FakeModel(settings, logits), ByteTokenizer(), settings)
-    return capsys.readouterr().out
-
-
-def test_conversation(monkeypatch, capsys):
-    said = converse(monkeypatch, capsys, ["ab", "cd"], script(2, [*"né 🎈".encode(), 256]))
-    expected = "Context prompt >>> Generated Text: né 🎈\n"
-    assert said == 2 * expected + "Context prompt >>> \n"
-
-
-def test_text_is_shown_as_it_comes(monkeypatch):
-    shown = []
-    monkeypatch.setattr(modes, "_say", lambda groups, text: shown.append(text))
-    type_in(monkeypatch, ["ab"])
-    settings = config(text_gen_type="interactive")
-    modes.interactive(
-        FakeModel(settings, script(2, [*"hé!".encode(), 256])), ByteTokenizer(), settings
-    )
-    assert shown == ["Generated Text: ", "h", "", "é", "!", "\n", "\n"]
-
-
-def test_prompts_of_several_lines_end_with_prompt_end(monkeypatch, capsys):
-    seen = []
-
-    def spy(history: list[int]) -> torch.Tensor:
-        seen.append(bytes(token for token in history if token < 256).decode())
-        return script(0, [256] * 99)(history)
-
-    converse(monkeypatch, capsys, ["one", "two END ignored", "rest"], spy, prompt_end="END")
-    assert sorted(seen, key=len)[-1] == "one\ntwo "
-    assert "rest" in seen
-
-
-@pytest.mark.parametrize("end", [EOFError, KeyboardInterrupt])
-def test_the_end_of_the_input_and_ctrl_c_end_it(monkeypatch, capsys, end):
-    assert converse(monkeypatch, capsys, [end]) == "Context prompt >>> \n"
-
-
-def test_standard_input_may_hold_stray_bytes_or_be_closed(monkeypatch, capsys):
-    model = FakeModel(config(text_gen_type="interactive", maximum_tokens=2), mixed)
-    for stdin in (io.TextIOWrapper(io.BytesIO(b"na\xefve\n"), encoding="utf-8"), None):
-        monkeypatch.setattr("sys.stdin", stdin)
-        modes.interactive(model, ByteTokenizer(), model.config)
-    assert capsys.readouterr().out.count("Generated Text: ") == 1
-
-
-def test_ctrl_c_while_it_answers_ends_it(monkeypatch, capsys):
-    def interrupted(history: list[int]) -> torch.Tensor:
-        if len(history) > 3:
-            raise KeyboardInterrupt
-        return script(2, b"xy")(history)
-
-    said = converse(monkeypatch, capsys, ["ab", "never read"], interrupted)
-    assert said == "Context prompt >>> Generated Text: xy\n"
-
-
-def test_a_prompt_too_long_for_the_conversation_is_explained(monkeypatch, capsys):
-    type_in(monkeypatch, [70 * "x", "ab"])
-    settings = config(text_gen_type="interactive")
-    modes.interactive(FakeModel(settings, script(2, [*b"ok", 256])), ByteTokenizer(), settings)
-    captured = capsys.readouterr()
-    assert "the prompt has 70 tokens" in captured.err
-    assert captured.out.count("Generated Text: ok\n") == 1
 
 
 def on_two_replicas(rank: int, settings, fail: bool) -> tuple[list[tuple[int, ...]], str]:
