@@ -12,7 +12,9 @@ from neox.checkpoint.directory import write_checkpoint
 from neox.checkpoint.neox import save_layers
 from neox.config import NeoXConfig, from_dict
 from neox.config.architecture import architecture
+from neox.model.frozen import Frozen, Storage
 from neox.model.gpt import Layer, LocalLayers, build_layers, layers
+from neox.model.packed import Packed, pack
 from neox.model.shard import shard
 from neox.parallel.groups import ProcessGroups
 from neox.parallel.region import TensorParallelRegion
@@ -90,9 +92,12 @@ def config_of(world_size: int = 1, **values: Any) -> NeoXConfig:
     return from_dict({**BASE, **values}, world_size=world_size)
 
 
-def model_layers(config: NeoXConfig, groups: ProcessGroups) -> list[Layer]:
+def model_layers(
+    config: NeoXConfig, groups: ProcessGroups, storage: Storage = "dense"
+) -> list[Layer]:
     region = TensorParallelRegion(groups, sequence_parallel=config.sequence_parallel)
-    return layers(config, VOCAB, torch.float32, groups, region=region)
+    frozen = None if storage == "dense" else Frozen(torch.float32, groups, storage)
+    return layers(config, VOCAB, torch.float32, groups, region=region, frozen=frozen)
 
 
 def random_weights(config: NeoXConfig, seed: int = 0) -> dict[str, Tensor]:
@@ -113,18 +118,31 @@ def random_weights(config: NeoXConfig, seed: int = 0) -> dict[str, Tensor]:
 def fill(
     module: nn.Module, layer: Layer, weights: dict[str, Tensor], groups: ProcessGroups
 ) -> None:
-    """Set a built layer's parameters to this rank's shards of `weights`."""
+    """Set a built layer's weights to this rank's shards of `weights`."""
     assert layer.layout is not None
+
+    def mine(name: str) -> Tensor:
+        whole = weights[f"{layer.file_index}.{name}"]
+        return shard(whole, layer.layout[name], groups.tp_rank, groups.tp)
+
     with torch.no_grad():
         for name, parameter in module.named_parameters():
-            whole = weights[f"{layer.file_index}.{name}"]
-            parameter.copy_(shard(whole, layer.layout[name], groups.tp_rank, groups.tp))
+            parameter.copy_(mine(name))
+        for name, part in module.named_modules():
+            if isinstance(part, Packed):
+                part.assign(pack(mine(name), part.bits))
 
 
-def built(config: NeoXConfig, weights: dict[str, Tensor], groups: ProcessGroups) -> LocalLayers:
+def built(
+    config: NeoXConfig,
+    weights: dict[str, Tensor],
+    groups: ProcessGroups,
+    storage: Storage = "dense",
+) -> LocalLayers:
     """Every layer of the model on this rank, filled, in order; tied layers share a module."""
     return build_layers(
-        model_layers(config, groups), lambda module, layer: fill(module, layer, weights, groups)
+        model_layers(config, groups, storage),
+        lambda module, layer: fill(module, layer, weights, groups),
     )
 
 

@@ -1,9 +1,10 @@
-"""A decoding pass put together once and carried out by the kernels without a return to Python.
+"""A pass put together once and carried out by the kernels without a return to Python.
 
 A small model spends more time between torch's operations than in them. Here the layers of a stage
 are written down as a list of operations on fixed buffers, which one call of the kernels
 (neox/kernels/decode.h) works off, its threads waiting for each other between them. It is the eager
-pass in other words, and tests hold it to that.
+pass in other words, and tests hold it to that. Every position is computed by itself, in whatever
+company: of a prompt's chunk or of other rows.
 """
 
 from __future__ import annotations
@@ -31,22 +32,21 @@ _FUNCTIONS |= {"bilinear": "none"}
 
 
 def can_compile(config: ModelConfig, groups: ProcessGroups, stage: LocalLayers) -> bool:
-    """Whether the kernels have everything that the stage does: on a CPU, in float32, at tp 1."""
-    if kernels.library() is None or groups.device.type != "cpu" or groups.tp > 1:
+    """Whether the kernels have everything that the stage does.
+
+    That is a stage of packed weights without adapters, on a CPU, at tp 1.
+    """
+    if kernels.library() is None or groups.tp > 1 or _function(config) is None:
         return False
-    if _function(config) is None:
-        return False
-    modules = [
-        part for _, module in stage if isinstance(module, nn.Module) for part in module.modules()
+    matrices = [
+        owner
+        for _, module in stage
+        if isinstance(module, nn.Module)
+        for owner in module.modules()
+        if isinstance(owner, nn.Linear)
     ]
     return all(
-        parameter.dtype is torch.float32
-        for module in modules
-        for parameter in module.parameters(recurse=False)
-    ) and all(
-        isinstance(weight_of(module), Tensor | Packed) and adapter_of(module) is None
-        for module in modules
-        if isinstance(getattr(module, "weight", None), Tensor | nn.Module)
+        isinstance(weight_of(owner), Packed) and adapter_of(owner) is None for owner in matrices
     )
 
 
@@ -58,54 +58,89 @@ def _function(config: ModelConfig) -> str | None:
 
 
 class CompiledPass:
-    """The layers of a stage for one new position each of at most `rows` rows."""
+    """The layers of a stage, for some new positions of rows of a cache."""
 
     def __init__(
-        self, config: ModelConfig, stage: LocalLayers, keys: Tensor, values: Tensor, rows: int
+        self, config: ModelConfig, stage: LocalLayers, keys: Tensor, values: Tensor, most: int
     ) -> None:
-        """`keys` and `values` are the cache's, [layers, cache rows, kv heads, max_length, D]."""
+        """keys and values are the cache's, [layers, cache rows, kv heads, max_length, D].
+
+        most: positions that are computed at a time; a pass may have more.
+        """
         self.config = config
-        self.rows = rows
+        self.most = most
+        self._rows = keys.shape[1]
+        self._cache = zip(keys, values, strict=True)
+        self._angles: tuple[Tensor, Tensor] | None = None
         self._operations: list[Operation] = []
         self._kept: list[Any] = []  # what the operations point to
-        self._cache = list(zip(keys, values, strict=True))
-        self._input = self._output = self._buffer(config.hidden_size)
-        for layer, module in stage:
+        self._begin_list(most)
+        self._x = self._buffer(config.hidden_size)
+        for _, module in stage:
             if isinstance(module, TransformerLayer):
+                self._place = 1
                 self._block(module)
-            elif isinstance(module, FinalNorm):
-                self._output = self._norm(module.norm, self._output)
+        self._body = (Operation * len(self._operations))(*self._operations)
+        self._begin_list(self._rows)
+        self._head = self._x
+        for layer, module in stage:
+            if isinstance(module, FinalNorm):
+                self._head = self._norm(module.norm, self._head)
             elif isinstance(module, Head):
-                self._output = self._multiply(module.final_linear, self._output)
+                self._head = self._multiply(module.final_linear, self._head)
             elif isinstance(module, Embedding) and layer.forward is not None:
-                self._output = self._multiply(module.word_embeddings, self._output)
-        self._list = (Operation * len(self._operations))(*self._operations)
+                self._head = self._multiply(module.word_embeddings, self._head)
+        self._tail = (Operation * len(self._operations))(*self._operations)
 
-    def __call__(self, x_BH: Tensor, rows_B: Tensor, lengths_B: Tensor) -> Tensor:
-        """What the stage makes of x_BH, [B, H] or on the last stage [B, V], in memory used again.
+    def _begin_list(self, positions: int) -> None:
+        """What follows is on buffers of as many positions, of which the list before has none."""
+        self._operations = []
+        self._positions, self._place = positions, 0
+        self._buffers: dict[tuple[int, int], Tensor] = {}
+        self._kept.append(self._buffers)
 
-        Row b is at position lengths_B[b] of the cache's row rows_B[b], and is added there; both are
-        int64 on the CPU.
+    def __call__(
+        self, x_PH: Tensor, rows_P: Tensor, lengths_P: Tensor, wanted: slice | None = None
+    ) -> Tensor:
+        """What the stage makes of P positions: [P, H], or on the last stage [P, V], float32.
+
+        Position p is the lengths_P[p]-th of the cache's row rows_P[p], and is added there, those of
+        a row in order; both are int64 on the CPU. On the last stage `wanted` are the positions
+        whose logits are computed, as many as the cache has rows at most.
         """
-        count = len(x_BH)
-        assert count <= self.rows and rows_B.dtype == lengths_B.dtype == torch.int64
+        parts = []
+        for start in range(0, len(x_PH), self.most):
+            part = slice(start, start + self.most)
+            self._run(self._body, x_PH[part], rows_P[part], lengths_P[part])
+            parts.append(self._x[: len(x_PH[part])].clone())
+        y_PH = parts[0] if len(parts) == 1 else torch.cat(parts)
+        if not self._tail:
+            return y_PH
+        y_PH = y_PH if wanted is None else y_PH[wanted]
+        if len(y_PH) == 0:
+            return y_PH
+        assert len(y_PH) <= self._rows, "the head's buffers are as long as the cache has rows"
+        self._run(self._tail, y_PH, rows_P, lengths_P)
+        return self._head[: len(y_PH)].clone()  # the next pass writes over it
+
+    def _run(self, operations: Any, x_PH: Tensor, rows_P: Tensor, lengths_P: Tensor) -> None:
+        assert rows_P.dtype == lengths_P.dtype == torch.int64
         library = kernels.library()
         assert library is not None
-        self._input[:count] = x_BH
+        self._x[: len(x_PH)] = x_PH
+        rows, lengths = rows_P.contiguous(), lengths_P.contiguous()
+        threads = torch.get_num_threads()
         library.neox_decode(
-            self._list,
-            len(self._operations),
-            rows_B.data_ptr(),
-            lengths_B.data_ptr(),
-            count,
-            torch.get_num_threads(),
+            operations, len(operations), rows.data_ptr(), lengths.data_ptr(), len(x_PH), threads
         )
-        return self._output[:count]
 
     def _buffer(self, width: int) -> Tensor:
-        buffer = torch.empty(self.rows, width)
-        self._kept.append(buffer)
-        return buffer
+        """Memory for an operation's output; that of the next layer uses it again."""
+        key = (self._place, width)
+        self._place += 1
+        if key not in self._buffers:
+            self._buffers[key] = torch.empty(self._positions, width)
+        return self._buffers[key]
 
     def _add(self, kind: int, x: Tensor, out: Tensor, **fields: Any) -> Tensor:
         """One more operation, from `x` to `out`; tensors among the fields become pointers."""
@@ -123,7 +158,7 @@ class CompiledPass:
         second_norm = block.post_attention_layernorm or block.input_layernorm
         attention = Branch(block.input_layernorm, block.attention, block.attention.dense)
         mlp = Branch(second_norm, block.mlp, block.mlp.linear2)
-        x = self._output
+        x = self._x
         if block.parallel_residual:
             both = [self._branch(branch, x) for branch in (attention, mlp)]
             self._sum(both[0], both[1], both[0])
@@ -161,12 +196,8 @@ class CompiledPass:
 
     def _multiply(self, owner: nn.Module, x: Tensor, function: str = "none") -> Tensor:
         weight, bias = weight_of(owner), bias_of(owner)
-        if isinstance(weight, Packed):
-            matrix = weight.described(bias)
-        else:
-            assert isinstance(weight, Tensor) and weight.is_contiguous()
-            rows, columns = weight.shape
-            matrix = kernels.matrix(32, weight, None, bias, (rows, columns, columns))
+        assert isinstance(weight, Packed)
+        matrix = weight.described(bias)
         self._kept += [weight, bias]
         return self._add(
             kernels.MULTIPLY,
@@ -189,9 +220,7 @@ class CompiledPass:
 
     def _attend(self, attention: Attention, x: Tensor) -> Tensor:
         qkv = self._multiply(attention.query_key_value, x)
-        keys, values = self._cache[
-            len([op for op in self._operations if op.kind == kernels.ATTEND])
-        ]
+        keys, values = next(self._cache)
         D, heads, kv_heads = attention.head_dim, attention.heads, attention.kv_heads
         max_length = keys.shape[2]
         if kv_heads == heads:  # interleaved per head: see Attention
@@ -202,9 +231,11 @@ class CompiledPass:
             strides = {"q_stride": D, "k_offset": k_offset, "v_offset": v_offset, "kv_stride": D}
         turn: dict[str, Any] = {}
         if attention.rotary is not None:
-            everywhere = torch.arange(max_length)
-            cos, sin = attention.rotary.angles_at(everywhere, max_length, x)
-            turn = {"rotary_dim": attention.rotary.dim, "cos": cos, "sin": sin}
+            if self._angles is None:  # one table for all layers
+                everywhere = torch.arange(max_length)
+                self._angles = attention.rotary.angles_at(everywhere, max_length, x)
+            turn = {"rotary_dim": attention.rotary.dim}
+            turn |= {"cos": self._angles[0], "sin": self._angles[1]}
             turn["interleaved"] = int(attention.rotary.interleaved)
         return self._add(
             kernels.ATTEND,

@@ -19,7 +19,7 @@ from neox.config import NeoXConfig
 from neox.errors import CheckpointError
 from neox.inference.fingerprint import verify
 from neox.inference.stages import InferenceModel
-from neox.kernels.library import advise_large_pages
+from neox.kernels.library import library
 from neox.model.frozen import Frozen, Storage
 from neox.model.gpt import Layer, build_layers, layers, partition, torch_dtype
 from neox.model.layout import pad_vocab_size
@@ -45,10 +45,13 @@ def open_checkpoint(config: NeoXConfig, groups: ProcessGroups) -> Checkpoint:
     return checkpoint
 
 
-def _storage(config: NeoXConfig) -> Storage:
+def _storage(config: NeoXConfig, dtype: torch.dtype, groups: ProcessGroups) -> Storage:
     if config.load_in_8bit:
         return "8bit"
-    return "dense" if config.quantize == "none" else config.quantize
+    if config.quantize != "none":
+        return config.quantize
+    has_kernels = groups.device.type == "cpu" and dtype is torch.float32 and library() is not None
+    return "packed" if has_kernels else "dense"
 
 
 def load_model(
@@ -79,7 +82,7 @@ def load_model(
         adapters = read_adapters(folder, config, padded)
         log.info(f"adapter: {len(adapters.specs)} matrices have adapters, from {folder}")
     frozen = None
-    storage = _storage(config)
+    storage = _storage(config, dtype, groups)
     if storage != "dense" or adapters is not None:
         specs = adapters.specs if adapters is not None else {}
         frozen = Frozen(dtype, groups, storage, specs)
@@ -94,8 +97,6 @@ def load_model(
     ):
 
         def fill(module: nn.Module, layer: Layer) -> None:
-            for parameter in module.parameters():
-                advise_large_pages(parameter.data)
             checkpoint.load_into(module, layer, groups)
             if adapters is not None:
                 fill_adapters(module, layer, adapters, groups)

@@ -22,6 +22,8 @@ from neox.model.packing import Packing
 from neox.parallel.groups import ProcessGroups
 from neox.parallel.layers import gather_from_tensor_parallel
 
+_AT_A_TIME = 256  # positions of a prompt in the kernels' buffers
+
 
 class InferenceModel:
     """One replica's model, of which this rank holds the layers of its stage.
@@ -118,9 +120,9 @@ class InferenceModel:
         and are added to that. `logits`: the `last` position's only, [B, 1, V], all that decoding
         needs of a prompt, whose whole logits would be S * V * 4 bytes a row; or `none`.
         """
-        S = tokens_BS.shape[1]
-        if cache is not None and S == 1 and self.compiles:
-            return self._decode(tokens_BS, cache)
+        B, S = tokens_BS.shape
+        if cache is not None and self.compiles and (S == 1 or (B == 1 and logits != "all")):
+            return self._pass(tokens_BS, cache, logits)
         wanted = None if logits == "all" or S == 1 else torch.tensor([S - 1])
         x = self._before_head(tokens_BS, wanted, cache=cache)
         if x is None or logits == "none":
@@ -134,23 +136,28 @@ class InferenceModel:
         """Whether a new position of each row is computed by a pass put together once."""
         return self.config.compile_decoding and can_compile(self.config, self.groups, self._stage)
 
-    def _decode(self, tokens_B1: Tensor, cache: CacheView) -> Tensor | None:
-        """What `__call__` returns, of one new position each, by the kernels."""
+    def _pass(self, tokens_BS: Tensor, cache: CacheView, logits: str) -> Tensor | None:
+        """What `__call__` returns, by the kernels: one new position of each row, or many of one."""
         memory, span = cache.memory, cache.span
         compiled = self._compiled.get(memory)
         if compiled is None:
             keys, values = memory.keys_LRKTD, memory.values_LRKTD
-            compiled = CompiledPass(self.config, self._stage, keys, values, memory.rows)
+            most = max(memory.rows, min(_AT_A_TIME, memory.max_length))
+            compiled = CompiledPass(self.config, self._stage, keys, values, most)
             self._compiled[memory] = compiled
         if self.groups.is_first_stage:
-            x = self._stage[0][1](tokens_B1, span.positions_BS)
+            x = self._stage[0][1](tokens_BS, span.positions_BS)
         else:
-            x = self._receive(*tokens_B1.shape, None)
-        y = compiled(x.view(len(tokens_B1), -1), span.rows_B, span.lengths_B)
+            x = self._receive(*tokens_BS.shape, None)
+        B, S = tokens_BS.shape
+        rows_P = span.rows_B.repeat_interleave(S)
+        lengths_P = (span.lengths_B[:, None] + torch.arange(S)).flatten()
+        wanted = {"all": slice(None), "last": slice(-B, None), "none": slice(0)}[logits]
+        y = compiled(x.view(B * S, -1), rows_P, lengths_P, wanted)
         if not self.groups.is_last_stage:
             self._send(y)
             return None
-        return y[:, None, : self.padded_vocab_size].clone()  # the next pass writes over it
+        return None if logits == "none" else y[:, None, : self.padded_vocab_size]
 
     @torch.inference_mode()
     def hidden(self, tokens_S: Tensor, packing: Packing, wanted_U: Tensor) -> Tensor | None:

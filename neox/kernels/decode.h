@@ -1,6 +1,6 @@
-// A decoding pass as a list of operations, carried out by a team of threads without a return to
-// Python: one position each of some rows, which have caches of different lengths. What a row comes to
-// does not depend on the others.
+// A pass as a list of operations, carried out by a team of threads without a return to Python. Its rows
+// are positions: one each of some rows of the cache, of different lengths, or many that follow each
+// other in one. What a position comes to does not depend on what else is in the pass.
 #pragma once
 
 #include <cmath>
@@ -15,7 +15,7 @@ enum Kind : int64_t { LAYER_NORM = 0, RMS_NORM = 1, MULTIPLY = 2, ATTEND = 3, GA
 struct Operation {
     int64_t kind;
     int64_t function;     // MULTIPLY, GATE: a Function
-    const float* in;
+    float* in;
     const float* second;  // ADD: the other summand
     float* out;
     int64_t width;        // of a row of `in`; GATE, ADD and norms: of `out` too
@@ -35,7 +35,7 @@ struct Operation {
     int64_t max_length;
 };
 
-// Which rows of the cache the pass is for, and how many positions each has.
+// The pass: the row of the cache that each position is of, and how many are before it there.
 struct Rows {
     int64_t count;
     const int64_t *row, *length;
@@ -73,7 +73,8 @@ inline void norm(const Operation& op, int64_t row) {
     }
 }
 
-// Turns pairs of the first rotary_dim elements (neox/model/positions.py) and copies the rest.
+// Turns pairs of the first rotary_dim elements (neox/model/positions.py) and copies the rest; `to` may
+// be `from`.
 inline void rotate(const Operation& op, int64_t position, const float* from, float* to) {
     const int64_t half = op.rotary_dim / 2;
     const float *cos = op.cos + position * op.rotary_dim, *sin = op.sin + position * op.rotary_dim;
@@ -83,65 +84,137 @@ inline void rotate(const Operation& op, int64_t position, const float* from, flo
         to[first] = a * cos[i] - b * sin[i];
         to[second] = b * cos[i] + a * sin[i];
     }
-    std::memcpy(to + op.rotary_dim, from + op.rotary_dim, (op.head_dim - op.rotary_dim) * sizeof(float));
+    std::memmove(to + op.rotary_dim, from + op.rotary_dim, (op.head_dim - op.rotary_dim) * sizeof(float));
 }
 
-// softmax(q K^T / sqrt(D)) V over positions [start, length]: `scores` has room for them.
-inline void attend_head(const Operation& op, const float* q, const float* keys, const float* values, int64_t start,
-                        int64_t length, float* scores, float* out) {
-    const int64_t D = op.head_dim, count = length + 1 - start;
-    const float scale = 1.0f / std::sqrt(float(D));
-    keys += start * D;
-    values += start * D;
-    for (int64_t t = 0; t < count; t++) {
-        const float* key = keys + t * D;
-        floats sum{};
-        int64_t d = 0;
-        for (; d + LANES <= D; d += LANES) sum += load<floats>(q + d) * load<floats>(key + d);
-        if (d < D) sum += load_part(q + d, D - d) * load_part(key + d, D - d);
-        scores[t] = total(sum) * scale;
-    }
-    float most = scores[0];
-    for (int64_t t = 1; t < count; t++) most = scores[t] > most ? scores[t] : most;
-    for (int64_t t = count; t % LANES; t++) scores[t] = -INFINITY;
-    floats sum{};
-    for (int64_t t = 0; t < count; t += LANES) {
-        const floats p = exponential(load<floats>(scores + t) - most);
-        store(scores + t, p);
-        sum += p;
-    }
-    const float inverse = 1.0f / total(sum);
-    for (int64_t d = 0; d < D; d += 4 * LANES) {  // four vectors at a time, while the values pass by
-        floats parts[4] = {};
-        const int64_t whole = (D - d) / LANES < 4 ? (D - d) / LANES : 4, rest = whole < 4 ? (D - d) % LANES : 0;
-        for (int64_t t = 0; t < count; t++) {
-            const float* value = values + t * D + d;
-            for (int64_t i = 0; i < whole; i++) parts[i] += scores[t] * load<floats>(value + i * LANES);
-            if (rest) parts[whole] += scores[t] * load_part(value + whole * LANES, rest);
-        }
-        for (int64_t i = 0; i < whole; i++) store(out + d + i * LANES, parts[i] * inverse);
-        if (rest) {
-            const floats value = parts[whole] * inverse;
-            std::memcpy(out + d + whole * LANES, &value, rest * sizeof(float));
-        }
-    }
-}
-
-// Key and value head `kv` of a row: stored in the cache; and its queries' contexts.
-inline void attend(const Operation& op, const Rows& rows, int64_t index, int64_t kv, std::vector<float>& workspace) {
+// Row `index`'s key and value of head `kv` go into the cache; its queries are rotated where they are.
+inline void append(const Operation& op, const Rows& rows, int64_t index, int64_t kv) {
     const int64_t D = op.head_dim, position = rows.length[index], per_key = op.heads / op.kv_heads;
-    const float* in = op.in + index * op.width;
-    const int64_t at = (rows.row[index] * op.kv_heads + kv) * op.max_length;
-    float *keys = op.keys + at * D, *values = op.values + at * D;
-    rotate(op, position, in + op.k_offset + kv * op.kv_stride, keys + position * D);
-    std::memcpy(values + position * D, in + op.v_offset + kv * op.kv_stride, D * sizeof(float));
-    if (int64_t(workspace.size()) < D + position + 1 + LANES) workspace.resize(D + 2 * position + 1 + LANES);
-    float *q = workspace.data(), *scores = q + D;
-    const int64_t start = op.window >= 0 && position > op.window ? position - op.window : 0;
+    float* in = op.in + index * op.width;
+    const int64_t at = ((rows.row[index] * op.kv_heads + kv) * op.max_length + position) * D;
+    rotate(op, position, in + op.k_offset + kv * op.kv_stride, op.keys + at);
+    std::memcpy(op.values + at, in + op.v_offset + kv * op.kv_stride, D * sizeof(float));
     for (int64_t head = kv * per_key; head < (kv + 1) * per_key; head++) {
-        rotate(op, position, in + head * op.q_stride, q);
-        float* out = op.out + (index * op.heads + head) * D;
-        attend_head(op, q, keys, values, start, position, scores, out);
+        float* q = in + head * op.q_stride;
+        rotate(op, position, q, q);
+    }
+}
+
+// Queries of one head at positions that follow each other.
+struct Queries {
+    const float* q[4];
+    float* out[4];
+    int64_t first;  // the position of the first one
+};
+
+// scores[i][t - begin] = q[i] K[t] / sqrt(D) of what query i sees of [begin, end), sixteen t at a time;
+// -infinity for the rest. Returns each query's largest score.
+template <int Q>
+inline void scores_of(const Operation& op, const Queries& queries, const float* keys, int64_t begin, int64_t end,
+                      float* const* scores, float* most) {
+    const int64_t D = op.head_dim;
+    const float scale = 1.0f / std::sqrt(float(D));
+    floats highest[Q];
+    for (int i = 0; i < Q; i++) highest[i] = broadcast(-INFINITY);
+    for (int64_t t = begin; t < end; t += LANES) {
+        floats sums[Q][LANES];
+        for (int j = 0; j < LANES; j += 4) {
+            floats sum[Q][4] = {};
+            const float* key[4];
+            for (int c = 0; c < 4; c++) key[c] = keys + (t + j + c < end ? t + j + c : end - 1) * D;
+            for (int64_t d = 0; d < D; d += LANES) {
+                const bool whole = d + LANES <= D;
+                floats part[4];
+                for (int c = 0; c < 4; c++) part[c] = whole ? load<floats>(key[c] + d) : load_part(key[c] + d, D - d);
+                for (int i = 0; i < Q; i++) {
+                    const float* q = queries.q[i] + d;
+                    const floats value = whole ? load<floats>(q) : load_part(q, D - d);
+                    for (int c = 0; c < 4; c++) sum[i][c] = multiply_add(value, part[c], sum[i][c]);
+                }
+            }
+            for (int i = 0; i < Q; i++)
+                for (int c = 0; c < 4; c++) sums[i][j + c] = sum[i][c];
+        }
+        ints position = ints{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} + int32_t(t);
+        for (int i = 0; i < Q; i++) {
+            const int32_t own = queries.first + i, oldest = op.window >= 0 && own > op.window ? own - op.window : 0;
+            const ints sees = (position <= own) & (position >= oldest);
+            const floats score = sees ? totals(sums[i]) * scale : broadcast(-INFINITY);
+            store(scores[i] + (t - begin), score);
+            highest[i] = larger(score, highest[i]);
+        }
+    }
+    for (int i = 0; i < Q; i++) most[i] = largest(highest[i]);
+}
+
+// softmax(q K^T / sqrt(D)) V of Q queries. What a query comes to does not depend on the others: what it
+// does not see has a weight of 0, and scores fall on the same lanes, by their positions.
+template <int Q>
+inline void attend(const Operation& op, const Queries& queries, const float* keys, const float* values,
+                   std::vector<float>& workspace) {
+    const int64_t D = op.head_dim, end = queries.first + Q;
+    const int64_t oldest = op.window >= 0 && queries.first > op.window ? queries.first - op.window : 0;
+    const int64_t begin = oldest / LANES * LANES, count = end - begin, room = count + LANES;
+    if (int64_t(workspace.size()) < Q * room) workspace.resize(2 * Q * room);
+    float *scores[Q], most[Q], inverse[Q];
+    for (int i = 0; i < Q; i++) scores[i] = workspace.data() + i * room;
+    scores_of<Q>(op, queries, keys, begin, end, scores, most);
+    for (int i = 0; i < Q; i++) {
+        floats sum{};
+        for (int64_t t = 0; t < count; t += LANES) {
+            const floats p = exponential(load<floats>(scores[i] + t) - most[i]);
+            store(scores[i] + t, p);
+            sum += p;
+        }
+        inverse[i] = 1.0f / total(sum);
+    }
+    for (int64_t d = 0; d < D; d += 4 * LANES) {  // four vectors at a time, while the values pass by
+        floats sum[Q][4] = {};
+        const int64_t width = D - d < 4 * LANES ? D - d : 4 * LANES;
+        for (int64_t t = 0; t < count; t++) {
+            const float* value = values + (begin + t) * D + d;
+            floats part[4] = {};
+            if (width == 4 * LANES) {
+                for (int v = 0; v < 4; v++) part[v] = load<floats>(value + v * LANES);
+            } else {
+                std::memcpy(part, value, width * sizeof(float));
+            }
+            for (int i = 0; i < Q; i++)
+                for (int v = 0; v < 4; v++) sum[i][v] = multiply_add(broadcast(scores[i][t]), part[v], sum[i][v]);
+        }
+        for (int i = 0; i < Q; i++) {
+            for (int v = 0; v < 4; v++) sum[i][v] *= inverse[i];
+            std::memcpy(queries.out[i] + d, sum[i], width * sizeof(float));
+        }
+    }
+}
+
+// This thread's part of attention: blocks of up to four rows of the pass that are neighbours in a row
+// of the cache, as those of a prompt are, and one head each.
+inline void attend_all(const Operation& op, const Rows& rows, std::vector<float>& workspace, int thread, int threads) {
+    const int64_t D = op.head_dim, per_key = op.heads / op.kv_heads;
+    int64_t task = 0;
+    for (int64_t index = 0, size; index < rows.count; index += size) {
+        size = 1;
+        while (size < 4 && index + size < rows.count && rows.row[index + size] == rows.row[index] &&
+               rows.length[index + size] == rows.length[index] + size)
+            size++;
+        if (size == 3) size = 2;
+        for (int64_t head = 0; head < op.heads; head++) {
+            if (task++ % threads != thread) continue;
+            Queries queries{{}, {}, rows.length[index]};
+            for (int64_t i = 0; i < size; i++) {
+                queries.q[i] = op.in + (index + i) * op.width + head * op.q_stride;
+                queries.out[i] = op.out + ((index + i) * op.heads + head) * D;
+            }
+            const int64_t at = (rows.row[index] * op.kv_heads + head / per_key) * op.max_length * D;
+            if (size == 4)
+                attend<4>(op, queries, op.keys + at, op.values + at, workspace);
+            else if (size == 2)
+                attend<2>(op, queries, op.keys + at, op.values + at, workspace);
+            else
+                attend<1>(op, queries, op.keys + at, op.values + at, workspace);
+        }
     }
 }
 
@@ -163,7 +236,14 @@ inline void elementwise(const Operation& op, int64_t first, int64_t last) {
 template <class Barrier>
 inline void multiply(const Matrix& w, const float* x, int64_t M, const Output& to, Activations& quantized, int thread,
                      int threads, Barrier barrier) {
-    if (w.bits == 32) return multiply_dense(w, x, M, to, thread, threads);
+    if (w.bits == 32) {
+        float* panels = quantized.panels.data();
+        for_panels(M, 0, [&](auto size, int64_t row) {
+            fill_panel<decltype(size)::value>(x + row * w.width, w.width, panels + row * w.width, thread, threads);
+        });
+        barrier();
+        return multiply_floats(w, panels, M, to, thread, threads);
+    }
     const Share groups(M * w.K / (w.bits == 8 ? Format<8>::group : Format<4>::group), 1, thread, threads);
     for (int64_t i = groups.first; i < groups.last; i++) {
         if (w.bits == 8)
@@ -194,7 +274,9 @@ inline void carry_out(const Operation& op, const Rows& rows, Activations& quanti
         }
         case ATTEND:
             for (int64_t i = thread; i < rows.count * op.kv_heads; i += threads)
-                attend(op, rows, i / op.kv_heads, i % op.kv_heads, workspace);
+                append(op, rows, i / op.kv_heads, i % op.kv_heads);
+            barrier();
+            attend_all(op, rows, workspace, thread, threads);
             break;
         default:
             for (int64_t row = 0; row < rows.count; row++) {

@@ -8,7 +8,8 @@ using namespace neox;
 namespace {
 
 void reserve(Activations& to, const Matrix& w, int64_t M) {
-    if (w.bits != 32) to.reserve(M, w.K, w.bits == 8 ? Format<8>::group : Format<4>::group);
+    if (w.bits != 32) return to.reserve(M, w.K, w.bits == 8 ? Format<8>::group : Format<4>::group);
+    if (to.panels.size() < size_t(M * w.width)) to.panels.resize(M * w.width);
 }
 
 void wait() {

@@ -24,7 +24,7 @@ _MADV_HUGEPAGE = 14  # of Linux's mman.h
 
 
 class Matrix(ctypes.Structure):
-    """A weight [N, width]: bits 4 or 8 as neox.model.packed packs it, or 32, float32 [N, width]."""
+    """A weight [N, width] as neox.model.packed packs it, of 32, 8 or 4 bits."""
 
     _fields_ = [
         ("bits", _I),

@@ -1,9 +1,11 @@
-// Products of activations with a weight, packed (quantize.h) or dense.
+// Products of activations with a packed weight (quantize.h).
 #pragma once
 
 #if defined(__AVX2__) || defined(__AVX512F__)
 #include <immintrin.h>
 #endif
+
+#include <type_traits>
 
 #include "quantize.h"
 
@@ -11,9 +13,9 @@ namespace neox {
 
 // A weight [N, width] as neox/kernels/library.py describes it.
 struct Matrix {
-    int64_t bits;  // 8, 4, or 32: dense, float32 [N][width]
+    int64_t bits;  // 8, 4 or 32
     const void* codes;
-    const uint16_t* scales;  // null where dense
+    const uint16_t* scales;  // null at 32 bits
     const float* bias;       // [N] or null
     int64_t N, width, K;     // K: the width in whole groups
 };
@@ -169,46 +171,66 @@ inline floats multiply_add(floats a, floats b, floats sum) {
 #endif
 }
 
-// ROWS rows of x times COLUMNS rows of a dense weight [..][K], to `out`; lane l of a sum takes every
-// 16th k from l on.
-template <int ROWS, int COLUMNS>
-inline void dense_tile(const float* weight, const float* x, int64_t K, float (*out)[LANES]) {
-    floats sum[ROWS][COLUMNS] = {};
-    auto step = [&](int64_t k, auto take) __attribute__((always_inline)) {
-        floats part[COLUMNS];
-        for (int c = 0; c < COLUMNS; c++) part[c] = take(weight + c * K + k);
-        for (int r = 0; r < ROWS; r++) {
-            const floats value = take(x + r * K + k);
-            for (int c = 0; c < COLUMNS; c++) sum[r][c] = multiply_add(value, part[c], sum[r][c]);
+// Rows of float32 are taken in panels of 16, 8, 4, 2 or 1, as many as their sums have registers; a
+// panel of R rows is [K][R].
+#if defined(__AVX512F__)
+constexpr int MOST_ROWS = 8;
+#else
+constexpr int MOST_ROWS = 4;
+#endif
+
+// Calls f(std::integral_constant<int, R>, row) for each panel of M rows.
+template <int R = MOST_ROWS, class F>
+inline void for_panels(int64_t M, int64_t row, F f) {
+    for (; row + R <= M; row += R) f(std::integral_constant<int, R>(), row);
+    if constexpr (R > 1) for_panels<R / 2>(M, row, f);
+}
+
+template <int R>
+inline void fill_panel(const float* x, int64_t K, float* panel, int thread, int threads) {
+    const Share part(K, 64, thread, threads);
+    for (int64_t k = part.first; k < part.last; k++)
+        for (int r = 0; r < R; r++) panel[k * R + r] = x[r * K + k];
+}
+
+// A panel of R rows times BLOCKS blocks of 16 columns. Partial sums of PART products keep the error
+// of long rows small.
+template <int R, int BLOCKS>
+inline void float_tile(const Matrix& w, int64_t block, const float* panel, int64_t row, const Output& to) {
+    constexpr int64_t PART = 256;
+    const int64_t K = w.width, stride = K * LANES;
+    const float* weight = (const float*)w.codes + block * stride;
+    floats total[R][BLOCKS] = {};
+    for (int64_t first = 0; first < K; first += PART) {
+        const int64_t last = first + PART < K ? first + PART : K;
+        floats sum[R][BLOCKS] = {};
+        for (int64_t k = first; k < last; k++) {
+            floats part[BLOCKS];
+            for (int b = 0; b < BLOCKS; b++) part[b] = load<floats>(weight + b * stride + k * LANES);
+            for (int r = 0; r < R; r++) {
+                const floats value = broadcast(panel[k * R + r]);
+                for (int b = 0; b < BLOCKS; b++) sum[r][b] = multiply_add(value, part[b], sum[r][b]);
+            }
         }
-    };
-    int64_t k = 0;
-    for (; k + LANES <= K; k += LANES) step(k, [](const float* from) { return load<floats>(from); });
-    if (k < K) step(k, [n = K - k](const float* from) { return load_part(from, n); });
-    for (int r = 0; r < ROWS; r++)
-        for (int c = 0; c < COLUMNS; c++) out[r][c] = total(sum[r][c]);
-}
-
-template <int ROWS>
-inline void dense_rows(const float* weight, int64_t count, const float* x, int64_t K, int64_t row, int64_t n,
-                       const Output& to) {
-    float out[ROWS][LANES] = {};
-    int64_t c = 0;
-    for (; c + 4 <= count; c += 4) dense_tile<ROWS, 4>(weight + c * K, x + row * K, K, (float(*)[LANES])(out[0] + c));
-    for (; c < count; c++) dense_tile<ROWS, 1>(weight + c * K, x + row * K, K, (float(*)[LANES])(out[0] + c));
-    for (int r = 0; r < ROWS; r++) to.put(row + r, n, load<floats>(out[r]));
-}
-
-// This thread's columns of x [M][width] times a dense weight, sixteen of them at a time.
-inline void multiply_dense(const Matrix& w, const float* x, int64_t M, const Output& to, int thread, int threads) {
-    const Share columns(w.N, LANES, thread, threads);
-    for (int64_t n = columns.first; n < columns.last; n += LANES) {
-        const float* weight = (const float*)w.codes + n * w.width;
-        const int64_t count = w.N - n < LANES ? w.N - n : LANES;
-        int64_t row = 0;
-        for (; row + 4 <= M; row += 4) dense_rows<4>(weight, count, x, w.width, row, n, to);
-        for (; row < M; row++) dense_rows<1>(weight, count, x, w.width, row, n, to);
+        for (int r = 0; r < R; r++)
+            for (int b = 0; b < BLOCKS; b++) total[r][b] += sum[r][b];
     }
+    for (int r = 0; r < R; r++)
+        for (int b = 0; b < BLOCKS; b++) to.put(row + r, (block + b) * LANES, total[r][b]);
+}
+
+// This thread's columns of the product of M rows in panels.
+inline void multiply_floats(const Matrix& w, const float* panels, int64_t M, const Output& to, int thread, int threads) {
+    constexpr int together = 4;
+    const Share blocks((w.N + LANES - 1) / LANES, together, thread, threads);
+    for (int64_t block = blocks.first; block < blocks.last; block += together)
+        for_panels(M, 0, [&](auto size, int64_t row) {
+            constexpr int R = decltype(size)::value, side = MOST_ROWS == 8 ? 4 : 1;
+            const int64_t last = block + together < blocks.last ? block + together : blocks.last;
+            int64_t b = block;
+            for (; b + side <= last; b += side) float_tile<R, side>(w, b, panels + row * w.width, row, to);
+            for (; b < last; b++) float_tile<R, 1>(w, b, panels + row * w.width, row, to);
+        });
 }
 
 }  // namespace neox

@@ -1,4 +1,4 @@
-// Numbers as small integers with scales.
+// Weights side by side as they are multiplied, and numbers as small integers with scales.
 //
 // A weight [N, K] is packed in blocks of 16 rows n, and each row in groups of consecutive k that
 // share a scale. neox/model/packed.py does the same in torch, bit for bit.
@@ -7,7 +7,8 @@
 //                                            high half of k + 4
 //   scales          [N/16][K/group][16 n]    bfloat16
 // N and K are padded, with zeros, to whole blocks and groups. Activations are quantized to 8 bits as
-// they come, with a scale (float32) for each row and group.
+// they come, with a scale (float32) for each row and group. A weight that stays as it is, 32 bits, is
+// [N/16][K][16 n], float32.
 #pragma once
 
 #include <vector>
@@ -25,10 +26,12 @@ struct Format {
     static int64_t block_bytes(int64_t K) { return K * LANES * BITS / 8; }
 };
 
+// What a product makes of its activations before it begins.
 struct Activations {
     std::vector<int8_t> values;  // [M][K]
     std::vector<float> scales;   // [M][K / group]
     std::vector<int32_t> sums;   // [M][K / group], of the values
+    std::vector<float> panels;   // for weights of 32 bits: product.h
 
     void reserve(int64_t M, int64_t K, int group) {
         if (int64_t(values.size()) < M * K) values.resize(M * K);

@@ -64,6 +64,22 @@ inline float total(floats value) {
     return (of_four[0] + of_four[2]) + (of_four[1] + of_four[3]);
 }
 
+// The total of each of sixteen vectors, bit for bit, in a lane.
+inline floats totals(const floats* v) {
+    typedef int32_t choice __attribute__((vector_size(64)));
+    const choice lower[4] = {{0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23},
+                             {0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27},
+                             {0, 1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 21, 24, 25, 28, 29},
+                             {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30}};
+    floats sums[LANES];
+    std::memcpy(sums, v, sizeof sums);
+    for (int step = 0, half = LANES / 2; step < 4; step++, half /= 2)
+        for (int i = 0; i < half; i++)  // halves of pieces are added, of two vectors at a time
+            sums[i] = __builtin_shuffle(sums[2 * i], sums[2 * i + 1], lower[step]) +
+                      __builtin_shuffle(sums[2 * i], sums[2 * i + 1], lower[step] + (8 >> step));
+    return sums[0];
+}
+
 inline int32_t total(ints value) {
     int32_t sum = 0;
     for (int lane = 0; lane < LANES; lane++) sum += value[lane];

@@ -17,7 +17,8 @@ from neox.model.quantized import EightBit
 from neox.parallel.groups import ProcessGroups
 from neox.parallel.rng import DropoutStreams
 
-Storage = Literal["dense", "8bit", "int8", "int4"]
+Storage = Literal["dense", "8bit", "packed", "int8", "int4"]
+_BITS = {"packed": 32, "int8": 8, "int4": 4}
 
 
 @dataclass(frozen=True)
@@ -25,8 +26,8 @@ class Frozen:
     """How a layer's weights are held, and which of them are trained besides its adapters.
 
     `storage` of its matrices and its table of tokens, for a checkpoint to fill: `dense`; `8bit` is
-    EightBit; `int8` and `int4` are Packed. At 4 bits the table still has 8, unless it is the output
-    projection too: it costs memory only, not time.
+    EightBit; `packed`, `int8` and `int4` are Packed, of 32, 8 and 4 bits. A table of tokens that is
+    no output projection is only looked up: it stays dense instead of packed, and has 8 bits for 4.
     `biases` and `norms` say whether those are trained; a norm's bias is a norm's.
     """
 
@@ -66,23 +67,29 @@ class Frozen:
         chosen = {name: param for name, param in layout.items() if self._is_trained(name)}
         return chosen | self.adapters(index, layout)
 
-    def treat(self, module: nn.Module, index: int, layout: LayerLayout) -> None:
+    def treat(
+        self, module: nn.Module, index: int, layout: LayerLayout, *, is_tied: bool = False
+    ) -> None:
         """Make a layer that was just built, and has no values yet, what it is to be."""
         for name, parameter in module.named_parameters():
             parameter.requires_grad_(self._is_trained(name))
-        if self.storage != "dense":
-            for name, param in layout.items():
-                if is_matrix(param):
-                    owner = module.get_submodule(name.removesuffix(".weight"))
-                    del owner.weight
-                    owner.weight = self._place(param)
+        for name, param in layout.items():
+            only_table = param.is_vocab and index == 0 and not is_tied
+            place = self._place(param, only_table) if is_matrix(param) else None
+            if place is not None:
+                owner = module.get_submodule(name.removesuffix(".weight"))
+                del owner.weight
+                owner.weight = place
         attach(module, layout, self.of(index), self.dtype, self.groups, self.streams)
 
-    def _place(self, param: ParamLayout) -> EightBit | Packed:
+    def _place(self, param: ParamLayout, only_table: bool) -> EightBit | Packed | None:
+        """What holds a matrix instead of a parameter."""
         rows, columns = param.shard_shape(self.groups.tp)
         if self.storage == "8bit":
             return EightBit.empty(rows, columns)
-        return Packed(4 if self.storage == "int4" else 8, rows, columns)
+        if self.storage == "dense" or (self.storage == "packed" and only_table):
+            return None
+        return Packed(8 if only_table else _BITS[self.storage], rows, columns)
 
     def _is_trained(self, name: str) -> bool:
         if "norm" in name.split(".")[-2]:

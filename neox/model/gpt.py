@@ -221,7 +221,7 @@ class Layer:
         module = self.kind(*self.args)
         assert self.layout is not None
         if self.frozen is not None:
-            self.frozen.treat(module, self.index, self.layout)
+            self.frozen.treat(module, self.index, self.layout, is_tied=self.tied is not None)
         layout = self.layout | self.adapters
         for name, parameter in module.named_parameters():
             # DeepSpeed counts a parameter in the gradient norm on every tp rank if it is a shard,

@@ -1,9 +1,10 @@
-"""Weights of 8 or 4 bits for inference on a CPU: packed for the products that they are used in.
+"""Weights for inference on a CPU, packed for the products that they are used in: 32, 8 or 4 bits.
 
-Consecutive elements of a row share a scale (bfloat16): 64 of them at 8 bits, 32 at 4. Activations
-are quantized to 8 bits as they come, with a scale for each row and group, so that products are of
-integers and exact within a group. The kernels (neox/kernels, which has the layout) and the torch
-code below give the same bits, for every batch and instruction set.
+At 32 bits a weight is what it was. At 8 and 4, consecutive elements of a row share a scale
+(bfloat16), 64 or 32 of them, and activations are quantized to 8 bits as they come, with a scale for
+each row and group, so that products are of integers and exact within a group: the kernels
+(neox/kernels, which has the layout) and the torch code below give the same bits on every machine.
+With either, a row's products do not depend on the other rows.
 
 Shapes: N rows and K columns of the weight, both padded; G groups of a row, M rows of activations.
 """
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from neox.kernels import library as kernels
 
-GROUP = {8: 64, 4: 32}
+GROUP = {32: 1, 8: 64, 4: 32}
 _ZERO = {8: 128, 4: 8}  # the code of the value 0
 _BLOCK = 16  # rows side by side
 _PIECE = 1 << 24  # elements that are float32 at a time: 64 MB
@@ -26,10 +27,14 @@ _NOTHING = 1e-30  # magnitudes below it count as 0: their steps have no inverse
 
 
 class Packed(nn.Module):
-    """A weight [rows, columns] of `bits` bits: codes uint8, scales as the bits of bfloat16."""
+    """A weight [rows, columns] of `bits` bits, as integers: a model may be cast, and they are not.
 
-    codes: Tensor  # [N / 16, bytes of a block]
-    scales: Tensor  # int16, so that a model that is cast does not cast them: [N / 16, G, 16]
+    codes: uint8 [N / 16, bytes of a block]. scales: the bits of bfloat16, int16 [N / 16, G, 16];
+    none at 32 bits.
+    """
+
+    codes: Tensor
+    scales: Tensor
 
     def __init__(self, bits: int, rows: int, columns: int) -> None:
         """The place of a weight that `assign` puts there."""
@@ -59,8 +64,14 @@ class Packed(nn.Module):
         """x W^T + bias: float32 [..., columns] -> [..., rows]; has no gradient."""
         if kernels.library() is not None:
             return kernels.multiply(x, self.described(bias))
+        if self.bits == 32:
+            return F.linear(x, self.dequantize(), bias)
         rows = x.flatten(0, -2)
-        y = torch.cat([_multiply(rows, self.bits, *part) for part in self._pieces()], dim=1)
+        parts = [
+            _multiply(rows, self.bits, self.padded[1], self.codes[here], self.scales[here])
+            for here in self._pieces()
+        ]
+        y = torch.cat(parts, dim=1)
         y = y[:, : self.shape[0]].unflatten(0, x.shape[:-1])
         return y if bias is None else y + bias
 
@@ -69,43 +80,45 @@ class Packed(nn.Module):
         _, K = self.padded
         block, lane = rows.flatten() // _BLOCK, rows.flatten() % _BLOCK
         places = (torch.arange(len(block), device=rows.device), lane)
-        codes, scales = _unpacked(self.bits, K, self.codes[block], self.scales[block])
-        values = codes[places] * scales[places].repeat_interleave(GROUP[self.bits], dim=-1)
+        values = _values(self.bits, K, self.codes[block], self.scales[block])[places]
         return values[:, : self.shape[1]].to(dtype).unflatten(0, rows.shape)
 
     def dequantize(self) -> Tensor:
         """float32 [rows, columns]."""
-        group = GROUP[self.bits]
-        parts = [
-            (codes * scales.repeat_interleave(group, dim=-1)).flatten(0, 1)
-            for codes, scales in self._pieces()
-        ]
-        return torch.cat(parts)[: self.shape[0], : self.shape[1]]
-
-    def _pieces(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """`_unpacked` of some blocks, one piece after the other."""
         K = self.padded[1]
-        size = max(1, _PIECE // (_BLOCK * K))
-        for codes, scales in zip(self.codes.split(size), self.scales.split(size), strict=True):
-            yield _unpacked(self.bits, K, codes, scales)
+        whole = torch.empty(*self.codes.shape[:1], _BLOCK, K)
+        for here in self._pieces():
+            whole[here] = _values(self.bits, K, self.codes[here], self.scales[here])
+        return whole.flatten(0, 1)[: self.shape[0], : self.shape[1]]
+
+    def _pieces(self) -> Iterator[slice]:
+        """Blocks that are float32 at a time."""
+        size = max(1, _PIECE // (_BLOCK * self.padded[1]))
+        for start in range(0, len(self.codes), size):
+            yield slice(start, start + size)
 
 
 def pack(weight: Tensor, bits: int) -> Packed:
-    """Quantize a floating-point weight on the CPU, some rows at a time.
+    """Pack a floating-point weight on the CPU, some rows at a time.
 
-    8 bits: the largest magnitude of a group is at most 127 steps. 4 bits: of eight scales, each
-    refined to the best for the codes that it gives, the one of least squared error.
-    Raises ValueError for a weight that has other than finite numbers.
+    32 bits: as it is, in float32. 8 bits: the largest magnitude of a group is at most 127 steps.
+    4 bits: of eight scales, each refined to the best for the codes that it gives, the one of least
+    squared error. Both raise ValueError for a weight that has other than finite numbers.
     """
     rows, columns = weight.shape
     N, K = _padded(bits, rows, columns)
     made = Packed(bits, rows, columns)
     codes = _large_pages(torch.empty(N // _BLOCK, _BLOCK * K * bits // 8, dtype=torch.uint8))
-    scales = torch.empty(N // _BLOCK, K // GROUP[bits], _BLOCK, dtype=torch.int16)
+    groups = 0 if bits == 32 else K // GROUP[bits]
+    scales = torch.empty(N // _BLOCK, groups, _BLOCK, dtype=torch.int16)
     size = max(1, _PIECE // (_BLOCK * K))  # blocks
     for block in range(0, N // _BLOCK, size):
         here = slice(block, block + size)
         part = weight[block * _BLOCK : (block + size) * _BLOCK].float().contiguous()
+        if bits == 32:
+            blocks = F.pad(part, (0, 0, 0, -len(part) % _BLOCK)).unflatten(0, (-1, _BLOCK))
+            codes[here].view(torch.float32).unflatten(1, (K, _BLOCK)).copy_(blocks.transpose(1, 2))
+            continue
         if not part.sum().isfinite():
             raise ValueError("has numbers that are not finite")
         if kernels.library() is not None:
@@ -124,6 +137,14 @@ def _padded(bits: int, rows: int, columns: int) -> tuple[int, int]:
 def _large_pages(tensor: Tensor) -> Tensor:
     kernels.advise_large_pages(tensor)
     return tensor
+
+
+def _values(bits: int, K: int, codes: Tensor, scales: Tensor) -> Tensor:
+    """float32 [blocks, 16, K] of some blocks."""
+    if bits == 32:
+        return codes.view(torch.float32).unflatten(1, (K, _BLOCK)).transpose(1, 2)
+    values, steps = _unpacked(bits, K, codes, scales)
+    return values * steps.repeat_interleave(GROUP[bits], dim=-1)
 
 
 def _unpacked(bits: int, K: int, codes: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
@@ -188,10 +209,11 @@ def _total(values: Tensor) -> Tensor:
     return total
 
 
-def _multiply(x: Tensor, bits: int, values: Tensor, steps: Tensor) -> Tensor:
-    """x [M, columns] times `_unpacked` blocks: float32 [M, 16 * blocks]."""
+def _multiply(x: Tensor, bits: int, K: int, codes: Tensor, scales: Tensor) -> Tensor:
+    """x [M, columns] times some blocks: float32 [M, 16 * blocks]."""
     group = GROUP[bits]
-    x_MGg = F.pad(x, (0, values.shape[-1] - x.shape[1])).unflatten(1, (-1, group))
+    values, steps = _unpacked(bits, K, codes, scales)
+    x_MGg = F.pad(x, (0, K - x.shape[1])).unflatten(1, (-1, group))
     most_MG1 = x_MGg.abs().amax(dim=-1, keepdim=True)
     usable = (most_MG1 > 0) & most_MG1.isfinite()
     # Two tensors: torch divides a number by one as number * (1 / tensor), which rounds twice.

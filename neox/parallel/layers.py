@@ -14,10 +14,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from neox.kernels import library as kernels
 from neox.parallel.groups import ProcessGroups
 
-_FEW = 16  # rows up to which our own kernel is as fast as oneDNN
 _ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
@@ -25,19 +23,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x weight^T + bias, by the fastest product that there is.
 
     torch multiplies float32 on a CPU by MKL, which does not use AMD's AVX-512: oneDNN, which torch
-    has too, took 0.45 of its time with 256 rows and 0.4 to 0.9 with one. For few rows there is our
-    own kernel, whose rows do not depend on each other: a text is the same in every batch.
+    has too, took 0.45 of its time with 256 rows and 0.4 to 0.9 with one.
     """
-    if not (x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32):
+    if not (_ONEDNN and x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32):
         return F.linear(x, weight, bias)
-    needs_grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    few = 0 < x.numel() <= _FEW * x.shape[-1] and weight.is_contiguous() and not needs_grad
-    if few and kernels.library() is not None:
-        rows, columns = weight.shape
-        return kernels.multiply(x, kernels.matrix(32, weight, None, bias, (rows, columns, columns)))
-    if not _ONEDNN:
-        return F.linear(x, weight, bias)
-    if needs_grad:
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         return _Product.apply(x.flatten(0, -2), weight, bias).unflatten(0, x.shape[:-1])
     return _onednn(x, weight, bias)
 

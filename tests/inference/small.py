@@ -8,17 +8,20 @@ from typing import Any
 import torch
 
 from neox.inference.stages import InferenceModel
+from neox.model.frozen import Storage
 from neox.model.gpt import partition
 from neox.parallel.groups import ProcessGroups
 from tests.models import VOCAB, built, config_of, random_weights
 
 
-def small_model(groups: ProcessGroups, **values: Any) -> InferenceModel:
+def small_model(
+    groups: ProcessGroups, storage: Storage = "packed", **values: Any
+) -> InferenceModel:
     """This rank's stage of a model of tests/models.py, its weights doubled."""
     config = config_of(**values)
     mine = partition(config.num_layers, groups.pp)[groups.pp_rank]
     weights = {name: tensor * 2 for name, tensor in random_weights(config).items()}
-    stage = built(config, weights, groups)[mine.start : mine.stop]
+    stage = built(config, weights, groups, storage)[mine.start : mine.stop]
     return InferenceModel(config, groups, stage, VOCAB, torch.float32)
 
 

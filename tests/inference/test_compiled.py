@@ -6,36 +6,16 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from neox.inference.stages import InferenceModel
 from neox.kernels import library
 from neox.kernels.build import instruction_sets
-from neox.model.frozen import Frozen
-from neox.model.gpt import Layer, build_layers, layers
-from neox.model.packed import Packed, pack
 from neox.parallel.groups import ProcessGroups
-from tests.models import ARCHITECTURES, VOCAB, config_of, random_weights, tokens
+from tests.inference.small import small_model
+from tests.models import ARCHITECTURES, tokens
 
 GROUPS = ProcessGroups.single()
-
-
-def model_of(storage: str, **values: object) -> InferenceModel:
-    config = config_of(**values)
-    weights = random_weights(config)
-    frozen = Frozen(torch.float32, GROUPS, storage) if storage != "dense" else None
-
-    def fill(module: nn.Module, layer: Layer) -> None:
-        for name in layer.layout or {}:
-            owner = module.get_submodule(name.rpartition(".")[0])
-            held, value = getattr(owner, name.rpartition(".")[2]), weights[f"{layer.index}.{name}"]
-            if isinstance(held, Packed):
-                held.assign(pack(value, held.bits))
-            else:
-                held.data.copy_(value)
-
-    stage = build_layers(layers(config, VOCAB, torch.float32, GROUPS, frozen=frozen), fill)
-    return InferenceModel(config, GROUPS, stage, VOCAB, torch.float32)
 
 
 def decoded(model: InferenceModel, together: bool) -> Tensor:
@@ -66,29 +46,49 @@ def kernels(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> 
 
 
 @pytest.mark.parametrize("kernels", instruction_sets(), indirect=True)
-@pytest.mark.parametrize("storage", ["dense", "int8", "int4"])
+@pytest.mark.parametrize("storage", ["packed", "int8", "int4"])
 @pytest.mark.parametrize("architecture", ["neox", "llama", "gpt_j", "tied"])
 def test_compiled_is_eager(kernels: str, storage: str, architecture: str) -> None:
     values = ARCHITECTURES[architecture]
-    model = model_of(storage, **values)
+    model = small_model(GROUPS, storage, **values)
     assert model.compiles
-    eager = decoded(model_of(storage, compile_decoding=False, **values), together=True)
+    eager = decoded(small_model(GROUPS, storage, compile_decoding=False, **values), together=True)
     # Activations are rounded to 8 bits: where the last bits of one differ, so may its rounding.
-    tolerance = 1e-5 if storage == "dense" else 2e-2
+    tolerance = 1e-5 if storage == "packed" else 5e-2
     found = decoded(model, together=True)
     torch.testing.assert_close(found, eager, rtol=0, atol=tolerance * eager.abs().max().item())
 
 
-@pytest.mark.parametrize("storage", ["dense", "int8", "int4"])
+@pytest.mark.parametrize("storage", ["packed", "int8", "int4"])
 @pytest.mark.parametrize("compiled", [True, False])
 def test_rows_alone_are_rows_together(storage: str, compiled: bool) -> None:
-    model = model_of(storage, compile_decoding=compiled)
+    model = small_model(GROUPS, storage, compile_decoding=compiled)
     assert torch.equal(decoded(model, together=True), decoded(model, together=False))
+
+
+@pytest.mark.parametrize("storage", ["packed", "int8", "int4"])
+@pytest.mark.parametrize("architecture", ["neox", "window", "grouped_interleaved"])
+def test_a_position_does_not_depend_on_its_chunk(storage: str, architecture: str) -> None:
+    """Bit for bit: a prompt at once, in pieces, and token by token."""
+    model, text = small_model(GROUPS, storage, **ARCHITECTURES[architecture]), tokens(1, 16)
+    found = []
+    for pieces in ([16], [5, 8, 3], [1] * 16):
+        cache, done, logits = model.new_cache(2, 16), 0, None
+        for size in pieces:
+            new = text[:, done : done + size]
+            logits = model(new, cache.view([1], [done], size), logits="last")
+            done += size
+        found.append((logits, cache.keys_LRKTD[:, 1], cache.values_LRKTD[:, 1]))
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
 
 @pytest.mark.parametrize("storage", ["int8", "int4"])
 def test_packed_weights_stay_near(storage: str) -> None:
-    exact, packed = model_of("dense")(tokens(2, 16)), model_of(storage)(tokens(2, 16))
+    exact, packed = (
+        small_model(GROUPS, "dense")(tokens(2, 16)),
+        small_model(GROUPS, storage)(tokens(2, 16)),
+    )
     spread = (exact - exact.mean()).square().mean().sqrt()
     error = (exact - packed).square().mean().sqrt() / spread
-    assert 0 < error < (0.02 if storage == "int8" else 0.2)
+    assert 0 < error < (0.03 if storage == "int8" else 0.2)

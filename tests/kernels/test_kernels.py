@@ -66,7 +66,7 @@ def test_multiplied_as_torch_multiplies(chosen: pytest.MonkeyPatch, name: str, b
             assert torch.equal(held.multiply(x, bias), expected), (shape, rows)
 
 
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("bits", [32, 8, 4])
 def test_a_row_does_not_depend_on_the_others(bits: int) -> None:
     held, x = pack(weight(300, 257), bits), torch.randn(29, 257)
     together = held.multiply(x)
@@ -93,17 +93,19 @@ def test_errors_are_those_of_the_best_scale(bits: int) -> None:
 
 
 @pytest.mark.parametrize("name", instruction_sets())
-def test_dense_products(chosen: pytest.MonkeyPatch, name: str) -> None:
+def test_32_bits_are_what_they_were(chosen: pytest.MonkeyPatch, name: str) -> None:
     use(chosen, name)
-    for rows, columns in SHAPES:
-        w, bias = weight(rows, columns), torch.randn(rows)
-        matrix = library.matrix(32, w, None, bias, (rows, columns, columns))
-        x = torch.randn(2, 3, columns)
-        y = library.multiply(x, matrix)
+    for shape in SHAPES:
+        w, bias = weight(*shape), torch.randn(shape[0])
+        held = pack(w, 32)
+        assert torch.equal(held.dequantize(), w)
+        assert torch.equal(held.look_up(torch.tensor([shape[0] - 1]), torch.float32)[0], w[-1])
+        x = torch.randn(5, 3, shape[1])
+        y = held.multiply(x, bias)
         exact = linear(x.double(), w.double(), bias.double())
-        # A sum of 1024 products in 16 lanes: 64 roundings of at most 2^-24 of what was added.
-        assert ((y - exact).abs() <= 4e-6 * linear(x.abs(), w.abs(), bias.abs())).all()
-        assert torch.equal(library.multiply(x[1, 2], matrix), y[1, 2])
+        # Partial sums of 256 products, each with a rounding of at most 2^-24 of what was added.
+        assert ((y - exact).abs() <= 2**-24 * 260 * linear(x.abs(), w.abs(), bias.abs())).all()
+        assert torch.equal(held.multiply(x[4, 2], bias), y[4, 2])
 
 
 @pytest.mark.parametrize("number", [torch.nan, torch.inf])
