@@ -148,7 +148,7 @@ inline void packed_tile(const Matrix& w, int64_t block, const Activations& x, in
 template <int BITS, int BLOCKS>
 inline void packed_rows(const Matrix& w, int64_t block, const Activations& x, int64_t M, const Output& to) {
     int64_t row = 0;
-    for (; row + 6 <= M; row += 6) packed_tile<BITS, 6, BLOCKS>(w, block, x, row, to);
+    for (; row + 8 <= M; row += 8) packed_tile<BITS, 8, BLOCKS>(w, block, x, row, to);
     for (; row + 2 <= M; row += 2) packed_tile<BITS, 2, BLOCKS>(w, block, x, row, to);
     for (; row < M; row++) packed_tile<BITS, 1, BLOCKS>(w, block, x, row, to);
 }
