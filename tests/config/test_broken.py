@@ -683,6 +683,19 @@ CASES = [
         '"data/vocab.json"?',
     ),
     Case(
+        "quantized training",
+        "quantize: int8",
+        "a.yml:1: quantize is int8, but quantized weights cannot be trained. Drop it; to train "
+        "adapters of a model in 8 bits, use load_in_8bit and lora.",
+    ),
+    Case(
+        "two ways of few bits",
+        "quantize: int4\nload_in_8bit: true",
+        "a.yml:1: quantize is int4 and load_in_8bit is true: a weight is held in one way. Use "
+        "quantize to generate and evaluate, load_in_8bit to train adapters.",
+        purpose="generate",
+    ),
+    Case(
         "a checkpoint folder that is not there",
         "load: checkpoint",
         'a.yml:1: load is "checkpoint", but there is no such folder. Did you mean "checkpoints"?',

@@ -137,3 +137,33 @@ def test_numbers_that_float16_cannot_hold_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"mlp\.linear1\.weight of layer 03 .* float16"):
         load_model(config_of(load=str(tmp_path), precision="fp16"), SINGLE)
     load_model(config_of(load=str(tmp_path), precision="bfloat16"), SINGLE)
+
+
+WIDE = {"hidden_size": 256, "num_attention_heads": 4}  # whole groups of 64 for each of two ranks
+
+
+@pytest.mark.parametrize("quantize", ["int8", "int4"])
+def test_quantized_while_loading_at_any_grid(world: World, tmp_path: Path, quantize: str) -> None:
+    write_model(tmp_path, 1, **WIDE)
+    dense = logits(0, str(tmp_path), Topology(), WIDE)
+    values = WIDE | {"quantize": quantize}
+    whole = logits(0, str(tmp_path), Topology(), values)
+    assert dense is not None and whole is not None
+    scale = dense.abs().max()
+    error = (whole - dense).abs().max() / scale
+    assert 1e-4 < error < (0.05 if quantize == "int8" else 0.5)
+    for topology in (Topology(tp=2), Topology(pp=2)):
+        *_, last = world.run(2, logits, str(tmp_path), topology, values)
+        # The same integers, but sums in another order may round an activation to its neighbour.
+        assert_close(last / scale, whole / scale, atol=5e-3 if topology.tp > 1 else 0, rtol=0)
+
+
+def test_weights_that_are_no_numbers_are_not_quantized(tmp_path: Path) -> None:
+    folder = write_model(tmp_path, 1)
+    (file,) = folder.glob("layer_02-*")
+    tensors = torch.load(file)
+    tensors["mlp.linear1.weight"][3, 5] = torch.nan
+    torch.save(tensors, file)
+    (folder / "manifest.json").unlink()
+    with pytest.raises(CheckpointError, match=r"mlp.linear1.weight has numbers that are not fin"):
+        logits(0, str(tmp_path), Topology(), {"quantize": "int8"})
