@@ -122,7 +122,8 @@ def test_perplexity_is_that_of_the_logits(run: Run, folder: Path, words, stride:
     assert row["loss"] == pytest.approx(loss, rel=1e-5)
     assert row["perplexity"] == pytest.approx(math.exp(loss), rel=1e-4)
     parameters = sum(math.prod(shape) for shape in shapes(folder))
-    assert row["weight_bytes"] == 4 * parameters
+    # Packed by sixteen rows, which may be more than the vocabulary has.
+    assert 4 * parameters <= row["weight_bytes"] < 4.1 * parameters
     assert row["tokens_per_second"] > 0 and row["change_percent"] == 0
     assert f"texts.jsonl: {tokens} tokens in 4 documents" in out
     assert out.splitlines()[-1].split()[:2] == ["none", f"{row['perplexity']:.4f}"]
