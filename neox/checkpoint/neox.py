@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from neox.checkpoint.few_bits import hold
 from neox.checkpoint.files import check_crc, save_file
 from neox.checkpoint.folders import read_manifest, resolve
 from neox.checkpoint.hf.files import TransformersFiles
@@ -41,8 +42,6 @@ from neox.config.mesh import is_mesh
 from neox.errors import CheckpointError
 from neox.model.gpt import Layer, LocalLayers
 from neox.model.layout import ParamLayout
-from neox.model.packed import Packed, pack
-from neox.model.quantized import EightBit, cut, quantize
 from neox.model.shard import file_shard, reshard, reshard_into
 from neox.parallel.groups import ProcessGroups
 
@@ -178,7 +177,7 @@ class Checkpoint:
             stored = self._fitting(layer)
             for name, layout in (layer.layout or {}).items():
                 if name not in parameters:
-                    _hold(module.get_submodule(name), name, layout, stored, groups)
+                    hold(module.get_submodule(name), name, layout, stored, groups)
                     continue
                 target, shards = parameters[name], [shard.tensors[name] for shard in stored]
                 reshard_into(target, shards, layout, groups.tp_rank, groups.tp)
@@ -329,32 +328,6 @@ class Checkpoint:
                 f"(over {len(shards)} shards), but the configuration makes it {wanted}: it is of "
                 "another model."
             )
-
-
-def _hold(
-    place: nn.Module, name: str, layout: ParamLayout, stored: list[Shard], groups: ProcessGroups
-) -> None:
-    """Fill a weight of few bits: with the codes that are stored, or quantized. CheckpointError."""
-    if isinstance(place, EightBit):
-        if len(stored) == 1 and name in stored[0].eight_bit:
-            whole = stored[0].eight_bit[name]
-        else:
-            whole = quantize(_cut(name, layout, stored, 0, 1))
-        place.assign(cut(whole, layout, groups.tp_rank, groups.tp))
-        return
-    assert isinstance(place, Packed), name
-    try:
-        place.assign(pack(_cut(name, layout, stored, groups.tp_rank, groups.tp), place.bits))
-    except ValueError as error:
-        raise CheckpointError(f"{stored[0].where}: {name} {error}.") from error
-
-
-def _cut(name: str, layout: ParamLayout, stored: list[Shard], rank: int, tp: int) -> Tensor:
-    """What rank `rank` of `tp` holds of a tensor: the file's own memory where that is all of it."""
-    shards = [shard.tensors[name] for shard in stored]
-    if len(shards) == tp == 1 and shards[0].shape == layout.shape:
-        return shards[0]
-    return reshard(shards, layout, rank, tp)
 
 
 def save_layers(folder: Path, local: LocalLayers, groups: ProcessGroups) -> dict[str, Entry]:
