@@ -55,6 +55,13 @@ def verify(model: InferenceModel, folder: Path) -> None:
             f"{_name(model.dtype)}, so no forward pass is compared"
         )
         return
+    before, now = saved["computed"].get("weights", "dense"), model.storage
+    if before != now and not {before, now} <= {"dense", "packed"}:
+        log.info(
+            f"{what}: {folder} was saved with weights held in {before} and they are held in {now}, "
+            "which changes what they compute, so no forward pass is compared"
+        )
+        return
     length = min(model.config.seq_length + 1, len(saved["tokens"][0]))
     ids_BT = torch.tensor(saved["tokens"])[:, :length]
     expected_BS = torch.tensor(saved["losses"])[:, : length - 1]
@@ -96,6 +103,7 @@ def _circumstances(model: InferenceModel) -> dict[str, Any]:
         if on_gpu
         else f"cpu, {torch.backends.cpu.get_cpu_capability()}",
         "threads": torch.get_num_threads(),
+        "weights": model.storage,
         "torch": torch.__version__,
     }
 

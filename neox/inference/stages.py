@@ -16,6 +16,7 @@ from neox.errors import RequestError
 from neox.inference.cache import CacheView, KVCache
 from neox.inference.compiled import CompiledPass, can_compile
 from neox.model.block import TransformerLayer
+from neox.model.frozen import Storage
 from neox.model.gpt import Embedding, LocalLayers
 from neox.model.loss import CHUNK_BYTES
 from neox.model.packing import Packing
@@ -61,6 +62,11 @@ class InferenceModel:
     def num_local_layers(self) -> int:
         """Transformer layers on this rank."""
         return sum(isinstance(module, TransformerLayer) for _, module in self._stage)
+
+    @property
+    def storage(self) -> Storage:
+        """How the matrices are held."""
+        return next((layer.frozen.storage for layer, _ in self._stage if layer.frozen), "dense")
 
     @property
     def weight_bytes(self) -> int:

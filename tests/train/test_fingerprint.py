@@ -85,6 +85,18 @@ def test_another_number_of_shards_keeps_it(world: World, folder: Path, capsys: A
     )
 
 
+def test_weights_held_otherwise(world: World, folder: Path, capsys: Any) -> None:
+    run(world, folder, Topology())
+    for values, said in (
+        ({}, "computes what it did when it was saved, to"),  # packed: by other kernels
+        ({"quantize": "int8"}, "they are held in int8, which changes what they compute, so no"),
+        ({"load_in_8bit": True}, "they are held in 8bit, which changes what they compute, so no"),
+    ):
+        config = settings(folder, "run", Topology(), CHECKED)
+        load_model(dataclasses.replace(config, **values), ProcessGroups.single())
+        assert said in capsys.readouterr().out
+
+
 def test_another_function_is_refused(world: World, folder: Path) -> None:
     """One that no checksum tells, since the file is what was written."""
     grid = Topology(tp=2)
