@@ -107,7 +107,7 @@ struct Queries {
     int64_t first;  // the position of the first one
 };
 
-// scores[i][t - begin] = q[i] K[t] / sqrt(D) of what query i sees of [begin, end), sixteen t at a time;
+// scores[i][t - begin] = q[i] K[t] / sqrt(D) of what query i sees of [begin, end), LANES of t at a time;
 // -infinity for the rest. Returns each query's largest score.
 template <int Q>
 inline void scores_of(const Operation& op, const Queries& queries, const float* keys, int64_t begin, int64_t end,
@@ -135,7 +135,8 @@ inline void scores_of(const Operation& op, const Queries& queries, const float* 
             for (int i = 0; i < Q; i++)
                 for (int c = 0; c < 4; c++) sums[i][j + c] = sum[i][c];
         }
-        ints position = ints{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} + int32_t(t);
+        ints position;
+        for (int lane = 0; lane < LANES; lane++) position[lane] = int32_t(t + lane);
         for (int i = 0; i < Q; i++) {
             const int32_t own = queries.first + i, oldest = op.window >= 0 && own > op.window ? own - op.window : 0;
             const ints sees = (position <= own) & (position >= oldest);

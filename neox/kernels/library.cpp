@@ -39,10 +39,10 @@ void neox_pack(int64_t bits, const float* w, int64_t N, int64_t width, int64_t K
                int64_t threads) {
     const int64_t group = bits == 8 ? Format<8>::group : Format<4>::group;
 #pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t block = 0; block < (N + LANES - 1) / LANES; block++) {
-        const float* rows = w + block * LANES * width;
-        const int64_t count = N - block * LANES < LANES ? N - block * LANES : LANES;
-        uint16_t* to = scales + block * (K / group) * LANES;
+    for (int64_t block = 0; block < (N + BLOCK - 1) / BLOCK; block++) {
+        const float* rows = w + block * BLOCK * width;
+        const int64_t count = N - block * BLOCK < BLOCK ? N - block * BLOCK : BLOCK;
+        uint16_t* to = scales + block * (K / group) * BLOCK;
         if (bits == 8)
             pack_block<8>(rows, count, width, K, codes + block * Format<8>::block_bytes(K), to);
         else

@@ -17,13 +17,15 @@
 
 namespace neox {
 
-constexpr int STEP = 4;  // values of k side by side in a lane
+constexpr int BLOCK = 16;             // rows of a weight side by side
+constexpr int PARTS = BLOCK / LANES;  // vectors of a block's rows
+constexpr int STEP = 4;               // values of k side by side in a lane
 
 template <int BITS>
 struct Format {
     static constexpr int group = BITS == 8 ? 64 : 32;
     static constexpr int zero = BITS == 8 ? 128 : 8;  // the code of the value 0
-    static int64_t block_bytes(int64_t K) { return K * LANES * BITS / 8; }
+    static int64_t block_bytes(int64_t K) { return K * BLOCK * BITS / 8; }
 };
 
 // What a product makes of its activations before it begins.
@@ -42,7 +44,7 @@ struct Activations {
     }
 };
 
-// The largest magnitude of n values, a multiple of 16; NaN where there is one.
+// The largest magnitude of n values, a multiple of LANES; NaN where there is one.
 inline float largest_magnitude(const float* x, int n) {
     ints most{};
     for (int k = 0; k < n; k += LANES) {
@@ -67,7 +69,6 @@ inline void quantize_activations(const float* x, int n, int8_t* values, float& s
     for (int k = 0; k < n; k += LANES) {
         const ints q = to_ints(nearest(load<floats>(x + k) * inverse));
         all += q;
-        typedef int8_t narrow __attribute__((vector_size(16)));
         store(values + k, __builtin_convertvector(q, narrow));
     }
     sum = total(all);
@@ -89,7 +90,7 @@ inline void quantize_group(const float* x, int64_t width, int64_t K, int64_t ind
     quantize_activations(from, group, &to.values[row * K + start], to.scales[index], to.sums[index]);
 }
 
-// Sixteen numbers in bfloat16, in the upper half of each lane: away from 0, or to the nearest with
+// Numbers in bfloat16, in the upper half of each lane: away from 0, or to the nearest with
 // halves to the even one.
 inline ints to_bfloat16_up(floats value) { return ((ints)value + 0xffff) & ~0xffff; }
 inline ints to_bfloat16(floats value) {
@@ -101,7 +102,7 @@ inline floats magnitude(floats x) { return x < 0.0f ? -x : x; }
 
 constexpr float NOTHING = 1e-30f;  // magnitudes below it count as 0: their steps have no inverse
 
-// The scales (in upper halves) of a group of 16 rows, w[k] being their elements at k; 8 bits: large
+// The scales (in upper halves) of a group of some rows, w[k] being their elements at k; 8 bits: large
 // enough for the largest magnitude to be at most 127 steps.
 inline ints scales_of_8(const floats* w) {
     floats most{};
@@ -140,28 +141,30 @@ inline ints scales_of_4(const floats* w) {
     return scales;
 }
 
-// Sixteen rows of `width` floats, of which `count` exist; all else is zeros.
+// A block of rows of `width` floats, of which `count` exist; all else is zeros.
 template <int BITS>
 inline void pack_block(const float* rows, int64_t count, int64_t width, int64_t K, uint8_t* codes, uint16_t* scales) {
-    constexpr int group = Format<BITS>::group;
-    float elements[group][LANES] = {};
+    constexpr int group = Format<BITS>::group, per_step = STEP * 8 / BITS;
+    float elements[group][BLOCK] = {};
     floats w[group];
-    for (int64_t start = 0; start < K; start += group, scales += LANES) {
+    ints q[group];
+    for (int64_t start = 0; start < K; start += group, scales += BLOCK, codes += group * BLOCK * BITS / 8) {
         const int64_t there = width - start < group ? width - start : group;
         if (there < group) std::memset(elements, 0, sizeof elements);
-        for (int64_t lane = 0; lane < count; lane++)
-            for (int64_t k = 0; k < there; k++) elements[k][lane] = rows[lane * width + start + k];
-        for (int k = 0; k < group; k++) w[k] = load<floats>(elements[k]);
-        const ints upper = BITS == 8 ? scales_of_8(w) : scales_of_4(w);
-        store(scales, __builtin_convertvector(upper >> 16, shorts));
-        const floats inverse = upper == 0 ? floats{} : 1.0f / (floats)upper;
-        ints q[group];
-        for (int k = 0; k < group; k++) q[k] = to_ints(in_steps<BITS>(w[k], inverse)) + Format<BITS>::zero;
-        // A lane of 64 bytes: four k, the first in the lowest byte; at 4 bits, four more above them.
-        for (int k = 0; k < group; k += STEP * 8 / BITS, codes += 64) {
-            ints four = q[k] | q[k + 1] << 8 | q[k + 2] << 16 | q[k + 3] << 24;
-            if (BITS == 4) four |= (q[k + 4] | q[k + 5] << 8 | q[k + 6] << 16 | q[k + 7] << 24) << 4;
-            store(codes, four);
+        for (int64_t row = 0; row < count; row++)
+            for (int64_t k = 0; k < there; k++) elements[k][row] = rows[row * width + start + k];
+        for (int part = 0; part < PARTS; part++) {
+            for (int k = 0; k < group; k++) w[k] = load<floats>(elements[k] + part * LANES);
+            const ints upper = BITS == 8 ? scales_of_8(w) : scales_of_4(w);
+            store(scales + part * LANES, __builtin_convertvector(upper >> 16, shorts));
+            const floats inverse = upper == 0 ? floats{} : 1.0f / (floats)upper;
+            for (int k = 0; k < group; k++) q[k] = to_ints(in_steps<BITS>(w[k], inverse)) + Format<BITS>::zero;
+            // Four k in a lane, the first in the lowest byte; at 4 bits, four more above them.
+            for (int k = 0; k < group; k += per_step) {
+                ints four = q[k] | q[k + 1] << 8 | q[k + 2] << 16 | q[k + 3] << 24;
+                if (BITS == 4) four |= (q[k + 4] | q[k + 5] << 8 | q[k + 6] << 16 | q[k + 7] << 24) << 4;
+                store(codes + (k / per_step * BLOCK + part * LANES) * STEP, four);
+            }
         }
     }
 }

@@ -1,19 +1,30 @@
-// Sixteen lanes at a time, in GCC's vector extensions: the compiler carries them out by whatever
-// instructions the machine has. Sums have one order, so every instruction set gives the same bits;
-// -ffp-contract=off keeps the compiler from fusing multiplications into additions where it could.
+// As many lanes at a time as the machine's registers have, in GCC's vector extensions: the compiler
+// finds the instructions. -ffp-contract=off keeps it from fusing multiplications into additions where
+// the order of what is rounded matters; where it does not, `multiply_add` fuses them.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
 namespace neox {
 
-typedef float floats __attribute__((vector_size(64)));     // 16 lanes
-typedef int32_t ints __attribute__((vector_size(64)));     // 16 lanes
-typedef uint16_t shorts __attribute__((vector_size(32)));  // 16 lanes
-typedef uint8_t bytes __attribute__((vector_size(64)));    // 16 lanes of 4
-
+#if defined(__AVX512F__)
 constexpr int LANES = 16;
+#elif defined(__AVX2__)
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;
+#endif
+
+typedef float floats __attribute__((vector_size(4 * LANES)));
+typedef int32_t ints __attribute__((vector_size(4 * LANES)));
+typedef uint16_t shorts __attribute__((vector_size(2 * LANES)));
+typedef int8_t narrow __attribute__((vector_size(LANES)));
+typedef uint8_t bytes __attribute__((vector_size(4 * LANES)));  // 4 for each lane
 
 template <class T>
 inline T load(const void* from) {
@@ -27,7 +38,7 @@ inline void store(void* to, T value) {
     std::memcpy(to, &value, sizeof value);
 }
 
-// The first n < 16 values, and zeros.
+// The first n <= LANES values, and zeros.
 inline floats load_part(const float* from, int64_t n) {
     floats value{};
     std::memcpy(&value, from, n * sizeof(float));
@@ -51,26 +62,32 @@ inline floats nearest(floats x) {
     return (x + magic) - magic;
 }
 
-// Of all lanes: the upper half is added to the lower one until one lane is left.
-inline float total(floats value) {
-    typedef float eight __attribute__((vector_size(32)));
-    typedef float four __attribute__((vector_size(16)));
-    eight halves[2];
-    std::memcpy(halves, &value, sizeof value);
-    const eight of_eight = halves[0] + halves[1];
-    four quarters[2];
-    std::memcpy(quarters, &of_eight, sizeof of_eight);
-    const four of_four = quarters[0] + quarters[1];
-    return (of_four[0] + of_four[2]) + (of_four[1] + of_four[3]);
+inline floats multiply_add(floats a, floats b, floats sum) {
+#if defined(__AVX512F__)
+    return (floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)sum);
+#elif defined(__FMA__) && defined(__AVX2__)
+    return (floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)sum);
+#else
+    return sum + a * b;
+#endif
 }
 
-// The total of each of sixteen vectors, bit for bit, in a lane.
+// Of all lanes: the upper half is added to the lower one until one lane is left.
+inline float total(floats value) {
+    float lanes[LANES];
+    store(lanes, value);
+    for (int half = LANES / 2; half; half /= 2)
+        for (int lane = 0; lane < half; lane++) lanes[lane] += lanes[lane + half];
+    return lanes[0];
+}
+
+// The total of each of LANES vectors, bit for bit, in a lane.
 inline floats totals(const floats* v) {
-    typedef int32_t choice __attribute__((vector_size(64)));
-    const choice lower[4] = {{0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23},
-                             {0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27},
-                             {0, 1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 21, 24, 25, 28, 29},
-                             {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30}};
+#if defined(__AVX512F__)
+    const ints lower[4] = {{0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23},
+                           {0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27},
+                           {0, 1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 21, 24, 25, 28, 29},
+                           {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30}};
     floats sums[LANES];
     std::memcpy(sums, v, sizeof sums);
     for (int step = 0, half = LANES / 2; step < 4; step++, half /= 2)
@@ -78,6 +95,11 @@ inline floats totals(const floats* v) {
             sums[i] = __builtin_shuffle(sums[2 * i], sums[2 * i + 1], lower[step]) +
                       __builtin_shuffle(sums[2 * i], sums[2 * i + 1], lower[step] + (8 >> step));
     return sums[0];
+#else
+    floats result{};
+    for (int lane = 0; lane < LANES; lane++) result[lane] = total(v[lane]);
+    return result;
+#endif
 }
 
 inline int32_t total(ints value) {
