@@ -15,6 +15,7 @@ from neox.config import NeoXConfig
 from neox.inference.adapters import NamedAdapters
 from neox.inference.cache import CacheView, KVCache
 from neox.inference.compiled import CompiledPass, can_compile
+from neox.inference.graphs import GraphPass, can_record
 from neox.model.block import TransformerLayer
 from neox.model.frozen import Storage
 from neox.model.gpt import Embedding, LocalLayers
@@ -55,6 +56,7 @@ class InferenceModel:
         self._stage = stage
         self._adapters = adapters or NamedAdapters()
         self._compiled: WeakKeyDictionary[KVCache, CompiledPass] = WeakKeyDictionary()
+        self._graphs: WeakKeyDictionary[KVCache, GraphPass] = WeakKeyDictionary()
         for _, module in self._stage:
             if isinstance(module, nn.Module):
                 module.eval()
@@ -131,6 +133,8 @@ class InferenceModel:
         B, S = tokens_BS.shape
         if cache is not None and self.compiles and (S == 1 or (B == 1 and logits != "all")):
             return self._pass(tokens_BS, cache, logits)
+        if cache is not None and S == 1 and self.records:
+            return self._replay(tokens_BS, cache)
         wanted = None if logits == "all" or S == 1 else torch.tensor([S - 1])
         x = self._before_head(tokens_BS, wanted, cache=cache)
         if x is None or logits == "none":
@@ -150,6 +154,24 @@ class InferenceModel:
     @cached_property
     def _base_compiles(self) -> bool:
         return self.config.compile_decoding and can_compile(self.config, self.groups, self._stage)
+
+    @property
+    def records(self) -> bool:
+        """Whether a new position of each row is computed by a graph: on CUDA. See `compiles`."""
+        return self._adapters.selected is None and self._base_records
+
+    @cached_property
+    def _base_records(self) -> bool:
+        return self.config.compile_decoding and can_record(self.groups, self._stage)
+
+    def _replay(self, tokens_B1: Tensor, cache: CacheView) -> Tensor:
+        """What `__call__` returns, by a graph."""
+        memory, span = cache.memory, cache.span
+        if memory not in self._graphs:
+            keys, values = memory.keys_LRKTD, memory.values_LRKTD
+            self._graphs[memory] = GraphPass(self._stage, keys, values)
+        logits_BV = self._graphs[memory](tokens_B1, span.rows_B, span.lengths_B, span.stop)
+        return logits_BV[:, None, : self.padded_vocab_size].float()
 
     def _pass(self, tokens_BS: Tensor, cache: CacheView, logits: str) -> Tensor | None:
         """What `__call__` returns, by the kernels: one new position of each row, or many of one."""
