@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from neox.checkpoint.sources import Shard
 from neox.errors import CheckpointError
+from neox.model.four_bit import FourBit, quantize_to_4
 from neox.model.layout import ParamLayout
 from neox.model.packed import Packed, pack
 from neox.model.quantized import EightBit, cut, quantize
@@ -24,9 +25,13 @@ def hold(
             whole = quantize(_cut(name, layout, stored, 0, 1))
         place.assign(cut(whole, layout, groups.tp_rank, groups.tp))
         return
-    assert isinstance(place, Packed), name
+    assert isinstance(place, FourBit | Packed), name
+    mine = _cut(name, layout, stored, groups.tp_rank, groups.tp)
     try:
-        place.assign(pack(_cut(name, layout, stored, groups.tp_rank, groups.tp), place.bits))
+        if isinstance(place, FourBit):
+            place.assign(quantize_to_4(mine))
+        else:
+            place.assign(pack(mine, place.bits))
     except ValueError as error:
         raise CheckpointError(f"{stored[0].where}: {name} {error}.") from error
 

@@ -76,6 +76,9 @@ def _for_serving(config: NeoXConfig) -> Findings:
         yield from _folder("chat_template_path", config.chat_template_path, must_exist=True)
     if config.serve_api_keys_file is not None:
         yield from _file("serve_api_keys_file", config.serve_api_keys_file)
+    for name, folder in (config.adapters or {}).items():
+        if isinstance(folder, str):  # another check says what else it is
+            yield from _folder(f"adapters.{name}", folder, must_exist=True)
 
 
 def _tokenizer(config: NeoXConfig) -> Findings:

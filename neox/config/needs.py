@@ -151,6 +151,16 @@ def _prompts_leave_room(config: NeoXConfig) -> Findings:
         )
 
 
+@CHECKS.reading("adapter", "adapters", purposes=("serve",))
+def _adapters_are_of_one_base(config: NeoXConfig) -> Findings:
+    if config.adapter is not None and config.adapters:
+        yield (
+            "adapter",
+            f"adapter is {show(config.adapter)}, part of the model that is served, and adapters "
+            "are for the model without it. Drop adapter, or give it a name among adapters.",
+        )
+
+
 @CHECKS.reading("adapters", purposes=("serve",))
 def _adapters_have_folders(config: NeoXConfig) -> Findings:
     for name, folder in (config.adapters or {}).items():

@@ -32,7 +32,7 @@ class TextGenConfig:
     recompute: bool = key(False, "Generate without the key/value cache.")
     compile_decoding: bool = key(
         True,
-        "Decode by a pass that is put together once, by the project's own kernels on a CPU; false: "
-        "operation by operation.",
+        "Decode by a pass that is put together once, by the project's own kernels on a CPU, by "
+        "torch.compile and CUDA graphs on a GPU; false: operation by operation.",
     )
     precompute_model_name: str | None = refused(None, "Name of the reference model.", _PRECOMPUTE)

@@ -31,10 +31,14 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device | str,
     ) -> None:
-        shape = (num_layers, rows, kv_heads_local, max_length, head_dim)
+        is_cpu = torch.device(device).type == "cpu"
+        # Elsewhere graphs are made for few lengths, and a row has a position for passes that leave
+        # it out: see GraphPass.
+        positions = max_length if is_cpu else (1 << (max_length - 1).bit_length()) + 1
+        shape = (num_layers, rows, kv_heads_local, positions, head_dim)
         # On a CPU unset memory: the system hands out its pages as rows grow, and nothing is read
         # before it is written. Elsewhere what is masked is multiplied by 0, and has to be finite.
-        allocate = torch.empty if torch.device(device).type == "cpu" else torch.zeros
+        allocate = torch.empty if is_cpu else torch.zeros
         self.keys_LRKTD = allocate(shape, dtype=dtype, device=device)
         self.values_LRKTD = allocate(shape, dtype=dtype, device=device)
         self.rows = rows

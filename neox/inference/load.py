@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -11,12 +13,13 @@ from neox import log
 from neox.checkpoint.architecture import check_architecture
 from neox.checkpoint.folders import resolve
 from neox.checkpoint.neox import Checkpoint
+from neox.checkpoint.peft import Adapters, find_adapter, read_adapters
 from neox.checkpoint.peft import fill as fill_adapters
-from neox.checkpoint.peft import find_adapter, read_adapters
 from neox.checkpoint.verify import tell_newer, telling_another
 from neox.checkpoint.vocabulary import padded_vocab_size
 from neox.config import NeoXConfig
 from neox.errors import CheckpointError
+from neox.inference.adapters import NamedAdapters, read_named
 from neox.inference.fingerprint import verify
 from neox.inference.stages import InferenceModel
 from neox.kernels.library import library
@@ -54,57 +57,101 @@ def _storage(config: NeoXConfig, dtype: torch.dtype, groups: ProcessGroups) -> S
     return "packed" if has_kernels else "dense"
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """A model that is known to be there and to fit, all but its weights read.
+
+    rows: of the vocabulary, padded. adapters: part of the model; named: to be selected.
+    """
+
+    config: NeoXConfig
+    groups: ProcessGroups
+    checkpoint: Checkpoint
+    rows: int
+    adapters: Adapters | None
+    named: Mapping[str, Adapters]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        if self.config.quantize != "none" and self.groups.device.type == "cpu":
+            return torch.float32  # what the kernels take; 16 bits are slower on most CPUs
+        return torch_dtype(self.config.dtype)
+
+    def load(self) -> InferenceModel:
+        """Build this rank's stage and fill it.
+
+        Collective over the world. Raises CheckpointError.
+        """
+        config, groups, dtype = self.config, self.groups, self.dtype
+        model = layers(config, _padded(self.rows, groups), dtype, groups, frozen=self._frozen())
+        mine = partition(config.num_layers, groups.pp)[groups.pp_rank]
+        wanted = model[mine.start : mine.stop]
+        choice = NamedAdapters(self.named)
+        with (
+            log.progress(total=len(wanted), desc="loading", unit="layer") as bar,
+            telling_another(self.checkpoint.folder),
+            self.checkpoint.verifying_ahead(wanted, groups),
+        ):
+
+            def fill(module: nn.Module, layer: Layer) -> None:
+                self.checkpoint.load_into(module, layer, groups)
+                if self.adapters is not None:
+                    fill_adapters(module, layer, self.adapters, groups)
+                module.to(groups.device)
+                choice.add(module, layer, self.named, dtype, groups)
+                bar.update()
+
+            stage = build_layers(wanted, fill)
+        loaded = InferenceModel(config, groups, stage, self.rows, dtype, choice)
+        if config.checkpoint_validation_with_forward_pass:
+            verify(loaded, self.checkpoint.folder)
+        return loaded
+
+    def _frozen(self) -> Frozen | None:
+        storage = _storage(self.config, self.dtype, self.groups)
+        if storage == "dense" and self.adapters is None and not self.named:
+            return None
+        specs = self.adapters.specs if self.adapters is not None else {}
+        return Frozen(self.dtype, self.groups, storage, specs)
+
+
+def _padded(rows: int, groups: ProcessGroups) -> int:
+    """Rows of all shards together; the last one may have some that InferenceModel cuts off."""
+    return pad_vocab_size(rows, 1, groups.tp)
+
+
+def prepare(
+    config: NeoXConfig,
+    groups: ProcessGroups,
+    checkpoint: Checkpoint | None = None,
+    tokens: int | None = None,
+    named: Mapping[str, str] | None = None,
+) -> Prepared:
+    """Find `checkpoint`, by default the configuration's, and read the adapters.
+
+    The checkpoint may have any number of shards. `tokens` is the size of the tokenizer, None
+    without one; see `padded_vocab_size` for the model's. `named` are folders of adapters by the
+    names they are selected by, beside `config.adapter`.
+    Collective over the world. Raises CheckpointError when something is not there or does not fit.
+    """
+    checkpoint = checkpoint or open_checkpoint(config, groups)
+    with telling_another(checkpoint.folder):
+        check_architecture(config, checkpoint)
+        rows = padded_vocab_size(config, checkpoint.padded_vocab_size, tokens)
+    adapters = None
+    if config.adapter is not None:
+        folder = groups.gather(find_adapter(Path(config.adapter)))[0]
+        adapters = read_adapters(folder, config, _padded(rows, groups))
+        log.info(f"adapter: {len(adapters.specs)} matrices have adapters, from {folder}")
+    by_name = read_named(named or {}, config, groups, _padded(rows, groups))
+    return Prepared(config, groups, checkpoint, rows, adapters, by_name)
+
+
 def load_model(
     config: NeoXConfig,
     groups: ProcessGroups,
     checkpoint: Checkpoint | None = None,
     tokens: int | None = None,
 ) -> InferenceModel:
-    """Build this rank's stage and fill it from `checkpoint`, by default the configuration's.
-
-    The checkpoint may have any number of shards. `tokens` is the size of the tokenizer, None
-    without one; see `padded_vocab_size` for the model's.
-    Collective over the world. Raises CheckpointError when there is no checkpoint or it does not
-    fit.
-    """
-    checkpoint = checkpoint or open_checkpoint(config, groups)
-    with telling_another(checkpoint.folder):
-        check_architecture(config, checkpoint)
-        rows = padded_vocab_size(config, checkpoint.padded_vocab_size, tokens)
-    dtype = torch_dtype(config.dtype)
-    if config.quantize != "none" and groups.device.type == "cpu":
-        dtype = torch.float32  # what the kernels take; 16 bits are slower on most CPUs
-    # Where tp does not divide the vocabulary, the last shard has rows that InferenceModel cuts off.
-    padded = pad_vocab_size(rows, 1, groups.tp)
-    adapters = None
-    if config.adapter is not None:
-        folder = groups.gather(find_adapter(Path(config.adapter)))[0]
-        adapters = read_adapters(folder, config, padded)
-        log.info(f"adapter: {len(adapters.specs)} matrices have adapters, from {folder}")
-    frozen = None
-    storage = _storage(config, dtype, groups)
-    if storage != "dense" or adapters is not None:
-        specs = adapters.specs if adapters is not None else {}
-        frozen = Frozen(dtype, groups, storage, specs)
-    model = layers(config, padded, dtype, groups, frozen=frozen)
-    mine = partition(config.num_layers, groups.pp)[groups.pp_rank]
-
-    wanted = model[mine.start : mine.stop]
-    with (
-        log.progress(total=len(wanted), desc="loading", unit="layer") as bar,
-        telling_another(checkpoint.folder),
-        checkpoint.verifying_ahead(wanted, groups),
-    ):
-
-        def fill(module: nn.Module, layer: Layer) -> None:
-            checkpoint.load_into(module, layer, groups)
-            if adapters is not None:
-                fill_adapters(module, layer, adapters, groups)
-            module.to(groups.device)
-            bar.update()
-
-        stage = build_layers(wanted, fill)
-    loaded = InferenceModel(config, groups, stage, rows, dtype)
-    if config.checkpoint_validation_with_forward_pass:
-        verify(loaded, checkpoint.folder)
-    return loaded
+    """`prepare` and `load` in one."""
+    return prepare(config, groups, checkpoint, tokens).load()

@@ -12,9 +12,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from neox.config import NeoXConfig
-from neox.errors import RequestError
+from neox.inference.adapters import NamedAdapters
 from neox.inference.cache import CacheView, KVCache
 from neox.inference.compiled import CompiledPass, can_compile
+from neox.inference.graphs import GraphPass, can_record
 from neox.model.block import TransformerLayer
 from neox.model.frozen import Storage
 from neox.model.gpt import Embedding, LocalLayers
@@ -29,11 +30,9 @@ _AT_A_TIME = 256  # positions of a prompt in the kernels' buffers
 class InferenceModel:
     """One replica's model, of which this rank holds the layers of its stage.
 
-    Every call is collective over the replica's tp x pp ranks; all pass the same tokens.
-    `adapters` are the names of the LoRA adapters that `select` chooses from.
+    Every call is collective over the replica's tp x pp ranks; all pass the same tokens, with the
+    same LoRA adapter selected.
     """
-
-    adapters: Collection[str] = ()
 
     def __init__(
         self,
@@ -42,10 +41,12 @@ class InferenceModel:
         stage: LocalLayers,
         padded_vocab_size: int,
         dtype: torch.dtype,
+        adapters: NamedAdapters | None = None,
     ) -> None:
         """`stage` is this rank's consecutive layers with their built modules, on their device.
 
-        Their parameters stay as they are; a training engine may have lent them.
+        Their parameters stay as they are; a training engine may have lent them. `adapters` are
+        those that `select` chooses from, none by default.
         """
         self.config = config
         self.groups = groups
@@ -53,10 +54,17 @@ class InferenceModel:
         self.dtype = dtype
         self.padded_vocab_size = padded_vocab_size
         self._stage = stage
+        self._adapters = adapters or NamedAdapters()
         self._compiled: WeakKeyDictionary[KVCache, CompiledPass] = WeakKeyDictionary()
+        self._graphs: WeakKeyDictionary[KVCache, GraphPass] = WeakKeyDictionary()
         for _, module in self._stage:
             if isinstance(module, nn.Module):
                 module.eval()
+
+    @property
+    def adapters(self) -> Collection[str]:
+        """The names of the LoRA adapters that `select` chooses from."""
+        return self._adapters.names
 
     @property
     def num_local_layers(self) -> int:
@@ -70,7 +78,7 @@ class InferenceModel:
 
     @property
     def weight_bytes(self) -> int:
-        """Memory of this rank's weights; what two layers share counts once."""
+        """Memory of the weights a pass uses on this rank; what two layers share counts once."""
         modules = [module for _, module in self._stage if isinstance(module, nn.Module)]
         held = {
             tensor.data_ptr(): tensor.nbytes
@@ -94,11 +102,7 @@ class InferenceModel:
 
         Raises RequestError when there is no adapter of that name.
         """
-        if adapter is not None and adapter not in self.adapters:
-            known = ", ".join(sorted(self.adapters)) or "none"
-            raise RequestError(
-                f"there is no adapter {adapter!r} here; those that were loaded: {known}"
-            )
+        self._adapters.select(adapter)
 
     def new_cache(self, rows: int, max_length: int) -> KVCache:
         """An empty cache for this rank's layers and heads."""
@@ -129,6 +133,8 @@ class InferenceModel:
         B, S = tokens_BS.shape
         if cache is not None and self.compiles and (S == 1 or (B == 1 and logits != "all")):
             return self._pass(tokens_BS, cache, logits)
+        if cache is not None and S == 1 and self.records:
+            return self._replay(tokens_BS, cache)
         wanted = None if logits == "all" or S == 1 else torch.tensor([S - 1])
         x = self._before_head(tokens_BS, wanted, cache=cache)
         if x is None or logits == "none":
@@ -137,10 +143,35 @@ class InferenceModel:
         logits_BSV = gather_from_tensor_parallel(layer(module, x), self.groups)
         return logits_BSV[..., : self.padded_vocab_size].float()
 
-    @cached_property
+    @property
     def compiles(self) -> bool:
-        """Whether a new position of each row is computed by a pass put together once."""
+        """Whether a new position of each row is computed by a pass put together once.
+
+        With an adapter selected it is not: that pass is put together of the base's weights.
+        """
+        return self._adapters.selected is None and self._base_compiles
+
+    @cached_property
+    def _base_compiles(self) -> bool:
         return self.config.compile_decoding and can_compile(self.config, self.groups, self._stage)
+
+    @property
+    def records(self) -> bool:
+        """Whether a new position of each row is computed by a graph: on CUDA. See `compiles`."""
+        return self._adapters.selected is None and self._base_records
+
+    @cached_property
+    def _base_records(self) -> bool:
+        return self.config.compile_decoding and can_record(self.groups, self._stage)
+
+    def _replay(self, tokens_B1: Tensor, cache: CacheView) -> Tensor:
+        """What `__call__` returns, by a graph."""
+        memory, span = cache.memory, cache.span
+        if memory not in self._graphs:
+            keys, values = memory.keys_LRKTD, memory.values_LRKTD
+            self._graphs[memory] = GraphPass(self._stage, keys, values)
+        logits_BV = self._graphs[memory](tokens_B1, span.rows_B, span.lengths_B, span.stop)
+        return logits_BV[:, None, : self.padded_vocab_size].float()
 
     def _pass(self, tokens_BS: Tensor, cache: CacheView, logits: str) -> Tensor | None:
         """What `__call__` returns, by the kernels: one new position of each row, or many of one."""

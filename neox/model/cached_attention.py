@@ -35,7 +35,9 @@ class Span:
         self.rows_B = torch.tensor(rows)
         self.lengths_B = torch.tensor(lengths)
         self.positions_BS = (self.lengths_B[:, None] + torch.arange(new)).to(device)
-        self.runs = list(_runs(rows, lengths))
+        # What a CPU goes by: see attend_cached.
+        is_cpu = torch.device(device).type == "cpu"
+        self.runs = list(_runs(rows, lengths)) if is_cpu else None
         self._angles: tuple[Tensor, Tensor] | None = None
         self._masks: dict[int | None, Tensor] = {}  # a model's layers have all the same window
 
@@ -67,6 +69,21 @@ class Span:
             sees = distance >= 0
             self._masks[key] = sees if window is None else sees & (distance <= window)
         return self._masks[key]
+
+
+class StaticSpan(Span):
+    """All rows of a cache, a new position each, told by tensors alone but for `stop`.
+
+    positions_R1: of the new tokens; `stop` is more than any, but for those of rows that are left
+    out, whose numbers mean nothing.
+    """
+
+    def __init__(self, positions_R1: Tensor, stop: int) -> None:
+        self.new, self.stop, self.runs = 1, stop, None
+        self.positions_BS = positions_R1
+        self.rows_on_device_B = torch.arange(len(positions_R1), device=positions_R1.device)
+        self.which = slice(None)
+        self._angles, self._masks = None, {}
 
 
 @dataclass(frozen=True)
@@ -112,7 +129,7 @@ def attend_cached(
     A query sees its own and earlier positions of its row, with a window the `window` before its
     own. On a CPU a row's numbers are those that it would have by itself, bit for bit.
     """
-    if q_BNSD.device.type == "cpu":
+    if cache.span.runs is not None:
         return attend_by_runs(q_BNSD, k_BKSD, v_BKSD, cache, window)
     return attend_together(q_BNSD, k_BKSD, v_BKSD, cache, window)
 
@@ -122,6 +139,7 @@ def attend_by_runs(
 ) -> Tensor:
     """`attend_cached` in the cache's own memory, for each run of equal rows: nothing is copied."""
     span = cache.span
+    assert span.runs is not None
     contexts = []
     for run in span.runs:
         stop = run.length + span.new

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from neox.config import NeoXConfig
+from neox.model.four_bit import FourBit
 from neox.model.layout import LayerLayout, ParamLayout
 from neox.model.lora import AdapterSpec, Specs, adapter_layout, attach
 from neox.model.packed import Packed
@@ -26,8 +27,9 @@ class Frozen:
     """How a layer's weights are held, and which of them are trained besides its adapters.
 
     `storage` of its matrices and its table of tokens, for a checkpoint to fill: `dense`; `8bit` is
-    EightBit; `packed`, `int8` and `int4` are Packed, of 32, 8 and 4 bits. A table of tokens that is
-    no output projection is only looked up: it stays dense instead of packed, and has 8 bits for 4.
+    EightBit; `packed`, `int8` and `int4` are Packed, of 32, 8 and 4 bits, on a CPU; elsewhere the
+    last two are EightBit and FourBit. A table of tokens that is no output projection is only looked
+    up: it stays dense instead of packed, and has 8 bits for 4.
     `biases` and `norms` say whether those are trained; a norm's bias is a norm's.
     """
 
@@ -82,14 +84,17 @@ class Frozen:
                 owner.weight = place
         attach(module, layout, self.of(index), self.dtype, self.groups, self.streams)
 
-    def _place(self, param: ParamLayout, only_table: bool) -> EightBit | Packed | None:
+    def _place(self, param: ParamLayout, only_table: bool) -> EightBit | FourBit | Packed | None:
         """What holds a matrix instead of a parameter."""
         rows, columns = param.shard_shape(self.groups.tp)
         if self.storage == "8bit":
             return EightBit.empty(rows, columns)
         if self.storage == "dense" or (self.storage == "packed" and only_table):
             return None
-        return Packed(8 if only_table else _BITS[self.storage], rows, columns)
+        bits = 8 if only_table else _BITS[self.storage]
+        if self.groups.device.type == "cpu":
+            return Packed(bits, rows, columns)
+        return EightBit.empty(rows, columns) if bits == 8 else FourBit(rows, columns)
 
     def _is_trained(self, name: str) -> bool:
         if "norm" in name.split(".")[-2]:

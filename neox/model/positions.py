@@ -68,7 +68,17 @@ def rotate_(
     of all B. In place, because copies of all heads would be a quarter of what a layer keeps for its
     backward pass.
     """
-    return _Rotation.apply(parts, heads, cos_SBD, sin_SBD, interleaved)
+    if torch.is_grad_enabled():
+        return _Rotation.apply(parts, heads, cos_SBD, sin_SBD, interleaved)
+    return _rotated_(parts, heads, cos_SBD, sin_SBD, interleaved)
+
+
+def _rotated_(
+    parts: Split, heads: Tensor, cos_SBD: Tensor, sin_SBD: Tensor, interleaved: bool
+) -> Tensor:
+    for part in parts(heads)[:2]:
+        _turn_(part, cos_SBD, sin_SBD, interleaved)
+    return heads
 
 
 class _Rotation(torch.autograd.Function):
@@ -83,9 +93,7 @@ class _Rotation(torch.autograd.Function):
     ) -> Tensor:
         ctx.parts, ctx.angles, ctx.interleaved = parts, (cos_SBD, sin_SBD), interleaved
         ctx.mark_dirty(heads)
-        for part in parts(heads)[:2]:
-            _turn_(part, cos_SBD, sin_SBD, interleaved)
-        return heads
+        return _rotated_(parts, heads, cos_SBD, sin_SBD, interleaved)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

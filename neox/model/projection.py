@@ -1,7 +1,7 @@
 """What the weights of the model's matrices are asked for, in whatever form a module holds them.
 
-A module's `weight` is a parameter, EightBit or Packed; it may have an `adapter` (neox.model.lora)
-besides.
+A module's `weight` is a parameter, EightBit, FourBit or Packed; it may have an `adapter`
+(neox.model.lora) besides.
 """
 
 from __future__ import annotations
@@ -11,18 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from neox.model.four_bit import FourBit
 from neox.model.lora import Adapter
 from neox.model.packed import Packed
 from neox.model.quantized import EightBit, multiply, multiply_back
 from neox.parallel.groups import ProcessGroups
 from neox.parallel.layers import linear, reduce_from_tensor_parallel
 
-Weight = Tensor | EightBit | Packed
+Weight = Tensor | EightBit | FourBit | Packed
 
 
 def weight_of(owner: nn.Module) -> Weight:
     weight = owner.weight
-    assert isinstance(weight, Tensor | EightBit | Packed)
+    assert isinstance(weight, Weight)
     return weight
 
 
@@ -63,7 +64,7 @@ def product(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
     """x W^T + bias: [..., K] -> [..., N]; has gradients where the weight is dense."""
     if isinstance(weight, Tensor):
         return linear(x, weight, bias)
-    if isinstance(weight, Packed):
+    if isinstance(weight, FourBit | Packed):
         return weight.multiply(x, bias)
     y = multiply(x, weight)
     return y if bias is None else y.add_(bias)
@@ -71,7 +72,7 @@ def product(x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
 
 def product_back(grad: Tensor, weight: Weight) -> Tensor:
     """grad W: [..., N] -> [..., K]; has no gradient."""
-    assert not isinstance(weight, Packed), "packed weights are for inference"
+    assert not isinstance(weight, FourBit | Packed), "weights of `quantize` are for inference"
     return linear(grad, weight.t()) if isinstance(weight, Tensor) else multiply_back(grad, weight)
 
 

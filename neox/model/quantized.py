@@ -107,7 +107,7 @@ class EightBit(nn.Module):
         if codes.is_cuda and group not in _KERNEL_BLOCKS:
             values = self.table[codes.int()].view(*scales.shape, group) * scales[..., None]
             return values.view(codes.shape).to(dtype)
-        bnb = _bitsandbytes()
+        bnb = bitsandbytes().functional
         state = bnb.QuantState(scales.flatten(), code=self.table, blocksize=group, dtype=dtype)
         dequantized: Tensor = bnb.dequantize_blockwise(codes.contiguous(), quant_state=state)
         return dequantized
@@ -115,7 +115,7 @@ class EightBit(nn.Module):
 
 def quantize(weight: Tensor) -> EightBit:
     """A whole weight [N, K] of any floating-point type, as hivemind's models have it."""
-    bnb = _bitsandbytes()
+    bnb = bitsandbytes().functional
     table = bnb.create_dynamic_map(signed=True).to(weight.device)
     codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
     flat, flat_codes = weight.reshape(-1), codes.view(-1)
@@ -174,10 +174,11 @@ def multiply_back(grad: Tensor, weight: EightBit) -> Tensor:
 
 
 @functools.cache
-def _bitsandbytes() -> Any:
+def bitsandbytes() -> Any:
+    """The library, which takes seconds to import."""
     with silently():
-        import bitsandbytes.functional
-    return bitsandbytes.functional
+        import bitsandbytes as library
+    return library
 
 
 @contextlib.contextmanager

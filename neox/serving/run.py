@@ -36,7 +36,7 @@ def serve(
     Collective over the world, on the main thread. Raises ConfigError before anything is loaded when
     the port is in use or the keys cannot be read.
     """
-    refuse_adapters(config)
+    check_names(config)
     if groups.rank > 0:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # rank 0 says when it is over
         signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -107,12 +107,13 @@ def model_name(config: NeoXConfig) -> str:
     return Path(next(iter(config.config_files or ()), "model")).stem
 
 
-def refuse_adapters(config: NeoXConfig) -> None:
-    """Until a model can have several: raises ConfigError when `adapters` names any."""
-    if config.adapters:
+def check_names(config: NeoXConfig) -> None:
+    """Raises ConfigError for an adapter that has the model's own name."""
+    name = model_name(config)
+    if name in (config.adapters or {}):
         raise ConfigError(
-            "adapters: a model with several LoRA adapters is not supported yet. Name one with "
-            "`adapter`; it is then part of the model that is served"
+            f"adapters.{name}: {name} is the name of the model itself, after its first "
+            "configuration file. Give the adapter another"
         )
 
 

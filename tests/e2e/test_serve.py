@@ -17,11 +17,13 @@ import httpx
 import openai
 import pytest
 
+from neox.checkpoint.peft import write_adapters
 from tests import models, small_tokenizer
+from tests.checkpoint.peft_folders import random_adapters
 
 REPOSITORY = Path(__file__).parents[2]
 COMMAND = [sys.executable, REPOSITORY / "deepy.py", "serve.py", "tiny.yml"]
-ADDRESS = re.compile(r"serving (\S+) at (http://\S+)")
+ADDRESS = re.compile(r"serving (\S+)(?:, poet)? at (http://\S+)")
 TEMPLATE = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
 
 
@@ -36,6 +38,9 @@ def write(folder: Path, monkeypatch: pytest.MonkeyPatch, **values: Any) -> None:
     served = {"load": str(folder / "checkpoints"), "vocab_file": str(tokenizer), "serve_port": 0}
     config = {**models.BASE, **sizes, **served, "tokenizer_type": "HFTokenizer"} | values
     (folder / "tiny.yml").write_text(json.dumps(config))
+    adapters = random_adapters(models.config_of(**sizes), alpha=20)
+    (folder / "poet").mkdir()
+    write_adapters(folder / "poet", models.config_of(**sizes), adapters, None)
 
 
 @contextmanager
@@ -64,9 +69,12 @@ def serving(folder: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
         process.communicate()
 
 
-@pytest.mark.parametrize("grid", [{}, {"model_parallel_size": 2}])
+ADAPTERS = {"poet": "poet"}
+
+
+@pytest.mark.parametrize("grid", [{}, {"model_parallel_size": 2, "adapters": ADAPTERS}])
 def test_it_serves_until_it_is_asked_to_end(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, grid: dict[str, int]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, grid: dict[str, Any]
 ) -> None:
     write(tmp_path, monkeypatch, **grid)
     with serving(tmp_path) as (process, url):
@@ -83,6 +91,11 @@ def test_it_serves_until_it_is_asked_to_end(
             prompt="It was", stream=True, extra_body={"min_tokens": 8}, **ask
         )
         assert "".join(chunk.choices[0].text for chunk in streamed) == texts[0]
+        if "adapters" in grid:
+            assert [model.id for model in client.models.list()] == ["tiny", "poet"]
+            asked = ask | {"model": "poet", "prompt": "It was"}
+            poet = client.completions.create(extra_body={"min_tokens": 8}, **asked)
+            assert poet.choices[0].text != texts[0]
         turns: Any = [{"role": "user", "content": "It was"}]
         chat = client.chat.completions.create(messages=turns, logprobs=True, **ask)
         assert chat.choices[0].logprobs is not None and chat.choices[0].logprobs.content

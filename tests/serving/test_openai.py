@@ -28,7 +28,7 @@ class Template:
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Running]:
-    with serving(template=Template(), serve_rows=4) as running:
+    with serving(template=Template(), serve_rows=4, adapters={"poet": "."}) as running:
         yield running
 
 
@@ -94,7 +94,17 @@ def test_sampling_arrives_as_asked_for(client, server):
     sampling = request.sampling
     assert (sampling.temperature, sampling.top_p, sampling.top_k) == (0.5, 0.25, 7)
     assert (sampling.repetition_penalty, request.minimum_tokens) == (1.5, 2)
-    assert (request.stop, request.seed, request.adapter) == (("s", "t"), 0, None)
+    assert (request.stop, request.seed) == (("s", "t"), 0)
+
+
+def test_a_model_s_name_chooses_the_adapter(client, server):
+    for name, adapter in (("poet", "poet"), ("model", None)):
+        assert complete(client, model=name).model == name
+        chat = client.chat.completions.create(model=name, messages=TURNS, max_tokens=3)
+        assert chat.model == name
+        assert [request.adapter for request in server.decoder.submitted[-2:]] == [adapter] * 2
+    with pytest.raises(openai.NotFoundError, match="poets"):
+        complete(client, model="poets")
 
 
 @pytest.mark.parametrize("values", [{"temperature": 0}, {"top_p": 0, "temperature": 1}])
@@ -195,7 +205,7 @@ def test_a_stream_of_a_chat(client):
 
 
 def test_models(client):
-    assert [model.id for model in client.models.list()] == ["model"]
+    assert [model.id for model in client.models.list()] == ["model", "poet"]
     assert client.models.retrieve("model").owned_by == "neox"
 
 

@@ -91,12 +91,13 @@ def test_names_and_limits(tmp_path: Path) -> None:
 
 
 def test_what_the_configuration_must_not_say() -> None:
-    with pytest.raises(ConfigError, match="several LoRA adapters is not supported yet"):
-        run.refuse_adapters(config(adapters={"poet": "adapters/poet"}))
+    with pytest.raises(ConfigError, match=r"adapters\.model: model is the name of the model"):
+        run.check_names(config(adapters={"model": "adapters/poet"}))
     served = {**BASE, "load": ".", "tokenizer_type": "CharLevelTokenizer"}
     for values, words in [
         ({"serve_max_prompt_tokens": 16}, "leaves no room to generate in seq_length"),
         ({"adapters": {"poet": 5}}, "adapters.poet is 5, but it must be the path"),
+        ({"adapters": {"poet": "p"}, "adapter": "q"}, 'adapter is "q", part of the model that is'),
     ]:
         with pytest.raises(ConfigError, match=words):
             from_dict({**served, **values}, purpose="serve")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from neox.checkpoint.folders import latest_name
 from neox.errors import CheckpointError
 from neox.model.gpt import Layer
 from neox.model.lora import Specs
+from neox.model.packed import Packed
 from neox.model.shard import shard
 from neox.parallel.groups import ProcessGroups
 
@@ -73,12 +75,13 @@ def fill(module: nn.Module, layer: Layer, adapters: Adapters, groups: ProcessGro
     layout = layer.layout | layer.adapters
     parameters = dict(module.named_parameters())
     for (index, name), copy in adapters.copies.items():
-        if index == layer.index and name in parameters:  # what is in 8 bits is not
+        base = _exact(module, name) if index == layer.index else None
+        if base is not None:
             own = shard(copy, layout[name], groups.tp_rank, groups.tp)
             known = len(own)  # rows; those of the vocabulary beyond the copy's are padding
             if layout[name].is_vocab:
                 known = max(0, min(known, len(copy) - groups.tp_rank * known))
-            check_copy(name, own[:known], parameters[name][:known])
+            check_copy(name, own[:known], base[:known])
     for name, whole in adapters.of(layer.index).items():
         target = parameters[name]
         target.copy_(shard(whole, layout[name], groups.tp_rank, groups.tp))
@@ -87,6 +90,14 @@ def fill(module: nn.Module, layer: Layer, adapters: Adapters, groups: ProcessGro
                 f"adapter: {name} of layer {layer.index:02d} has numbers that float16 cannot hold, "
                 "which ends at 65504. Use --set precision=bfloat16 or fp32."
             )
+
+
+def _exact(module: nn.Module, name: str) -> Tensor | None:
+    """A weight of a module; None if it is held in few bits."""
+    place = attrgetter(name)(module)
+    if isinstance(place, Packed):
+        return place.dequantize() if place.bits == 32 else None
+    return place if isinstance(place, Tensor) else None
 
 
 def check_copy(name: str, copy: Tensor, base: Tensor) -> None:
