@@ -30,9 +30,9 @@ class TextGenConfig:
     sample_output_file: str | None = key("samples.txt", "Where the samples go, as JSON Lines.")
     return_logits: bool = key(False, "Write each token's logits too.")
     recompute: bool = key(False, "Generate without the key/value cache.")
-    compile_decoding: bool = key(
-        True,
+    compile_decoding: bool | None = key(
+        None,
         "Decode by a pass that is put together once, by the project's own kernels on a CPU, by "
-        "torch.compile and CUDA graphs on a GPU; false: operation by operation.",
+        "torch.compile and CUDA graphs on a GPU; false: operation by operation; null: on CPUs.",
     )
     precompute_model_name: str | None = refused(None, "Name of the reference model.", _PRECOMPUTE)

@@ -153,7 +153,8 @@ class InferenceModel:
 
     @cached_property
     def _base_compiles(self) -> bool:
-        return self.config.compile_decoding and can_compile(self.config, self.groups, self._stage)
+        asked = self.config.compile_decoding is not False
+        return asked and can_compile(self.config, self.groups, self._stage)
 
     @property
     def records(self) -> bool:
@@ -162,7 +163,7 @@ class InferenceModel:
 
     @cached_property
     def _base_records(self) -> bool:
-        return self.config.compile_decoding and can_record(self.groups, self._stage)
+        return self.config.compile_decoding is True and can_record(self.groups, self._stage)
 
     def _replay(self, tokens_B1: Tensor, cache: CacheView) -> Tensor:
         """What `__call__` returns, by a graph."""

@@ -35,10 +35,10 @@ struct Operation {
     int64_t max_length;
 };
 
-// The pass: the row of the cache that each position is of, and how many are before it there.
-struct Rows {
+// What a pass is for: positions of rows of the cache.
+struct Positions {
     int64_t count;
-    const int64_t *row, *length;
+    const int64_t *cache_row, *position;
 };
 
 inline void norm(const Operation& op, int64_t row) {
@@ -87,11 +87,11 @@ inline void rotate(const Operation& op, int64_t position, const float* from, flo
     std::memmove(to + op.rotary_dim, from + op.rotary_dim, (op.head_dim - op.rotary_dim) * sizeof(float));
 }
 
-// Row `index`'s key and value of head `kv` go into the cache; its queries are rotated where they are.
-inline void append(const Operation& op, const Rows& rows, int64_t index, int64_t kv) {
-    const int64_t D = op.head_dim, position = rows.length[index], per_key = op.heads / op.kv_heads;
+// Key and value head `kv` of the pass's position `index` go into the cache; its queries are rotated where they are.
+inline void append(const Operation& op, const Positions& pass, int64_t index, int64_t kv) {
+    const int64_t D = op.head_dim, position = pass.position[index], per_key = op.heads / op.kv_heads;
     float* in = op.in + index * op.width;
-    const int64_t at = ((rows.row[index] * op.kv_heads + kv) * op.max_length + position) * D;
+    const int64_t at = ((pass.cache_row[index] * op.kv_heads + kv) * op.max_length + position) * D;
     rotate(op, position, in + op.k_offset + kv * op.kv_stride, op.keys + at);
     std::memcpy(op.values + at, in + op.v_offset + kv * op.kv_stride, D * sizeof(float));
     for (int64_t head = kv * per_key; head < (kv + 1) * per_key; head++) {
@@ -192,23 +192,23 @@ inline void attend(const Operation& op, const Queries& queries, const float* key
 
 // This thread's part of attention: blocks of up to four rows of the pass that are neighbours in a row
 // of the cache, as those of a prompt are, and one head each.
-inline void attend_all(const Operation& op, const Rows& rows, std::vector<float>& workspace, int thread, int threads) {
+inline void attend_all(const Operation& op, const Positions& pass, std::vector<float>& workspace, int thread, int threads) {
     const int64_t D = op.head_dim, per_key = op.heads / op.kv_heads;
     int64_t task = 0;
-    for (int64_t index = 0, size; index < rows.count; index += size) {
+    for (int64_t index = 0, size; index < pass.count; index += size) {
         size = 1;
-        while (size < 4 && index + size < rows.count && rows.row[index + size] == rows.row[index] &&
-               rows.length[index + size] == rows.length[index] + size)
+        while (size < 4 && index + size < pass.count && pass.cache_row[index + size] == pass.cache_row[index] &&
+               pass.position[index + size] == pass.position[index] + size)
             size++;
         if (size == 3) size = 2;
         for (int64_t head = 0; head < op.heads; head++) {
             if (task++ % threads != thread) continue;
-            Queries queries{{}, {}, rows.length[index]};
+            Queries queries{{}, {}, pass.position[index]};
             for (int64_t i = 0; i < size; i++) {
                 queries.q[i] = op.in + (index + i) * op.width + head * op.q_stride;
                 queries.out[i] = op.out + ((index + i) * op.heads + head) * D;
             }
-            const int64_t at = (rows.row[index] * op.kv_heads + head / per_key) * op.max_length * D;
+            const int64_t at = (pass.cache_row[index] * op.kv_heads + head / per_key) * op.max_length * D;
             if (size == 4)
                 attend<4>(op, queries, op.keys + at, op.values + at, workspace);
             else if (size == 2)
@@ -261,26 +261,26 @@ inline void multiply(const Matrix& w, const float* x, int64_t M, const Output& t
 
 // This thread's part of an operation.
 template <class Barrier>
-inline void carry_out(const Operation& op, const Rows& rows, Activations& quantized, std::vector<float>& workspace,
+inline void carry_out(const Operation& op, const Positions& pass, Activations& quantized, std::vector<float>& workspace,
                       int thread, int threads, Barrier barrier) {
     switch (op.kind) {
         case LAYER_NORM:
         case RMS_NORM:
-            for (int64_t row = thread; row < rows.count; row += threads) norm(op, row);
+            for (int64_t row = thread; row < pass.count; row += threads) norm(op, row);
             break;
         case MULTIPLY: {
             const Output to{op.out, op.matrix.bias, op.matrix.N, Function(op.function)};
-            multiply(op.matrix, op.in, rows.count, to, quantized, thread, threads, barrier);
+            multiply(op.matrix, op.in, pass.count, to, quantized, thread, threads, barrier);
             break;
         }
         case ATTEND:
-            for (int64_t i = thread; i < rows.count * op.kv_heads; i += threads)
-                append(op, rows, i / op.kv_heads, i % op.kv_heads);
+            for (int64_t i = thread; i < pass.count * op.kv_heads; i += threads)
+                append(op, pass, i / op.kv_heads, i % op.kv_heads);
             barrier();
-            attend_all(op, rows, workspace, thread, threads);
+            attend_all(op, pass, workspace, thread, threads);
             break;
         default:
-            for (int64_t row = 0; row < rows.count; row++) {
+            for (int64_t row = 0; row < pass.count; row++) {
                 const Share part(op.width, LANES, thread, threads);
                 elementwise(op, row * op.width + part.first, row * op.width + part.last);
             }

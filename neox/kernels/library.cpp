@@ -25,13 +25,20 @@ Activations& activations() {
 
 extern "C" {
 
+// For the caller to see that it means the same.
+int64_t neox_size() { return sizeof(Operation); }
+
 // y [M][N] = x [M][width] W^T + bias.
 void neox_multiply(const Matrix* w, const float* x, float* y, int64_t M, int64_t threads) {
+    constexpr int64_t most = 256;  // rows at a time: what is made of them stays in the caches, and small
     Activations& quantized = activations();
-    reserve(quantized, *w, M);
-    const Output to{y, w->bias, w->N, NONE};
+    reserve(quantized, *w, M < most ? M : most);
+    for (int64_t row = 0; row < M; row += most) {
+        const int64_t rows = M - row < most ? M - row : most;
+        const Output to{y + row * w->N, w->bias, w->N, NONE};
 #pragma omp parallel num_threads(threads)
-    multiply(*w, x, M, to, quantized, omp_get_thread_num(), omp_get_num_threads(), wait);
+        multiply(*w, x + row * w->width, rows, to, quantized, omp_get_thread_num(), omp_get_num_threads(), wait);
+    }
 }
 
 // Packs w [N][width] into codes and scales of `bits` bits.
@@ -50,19 +57,19 @@ void neox_pack(int64_t bits, const float* w, int64_t N, int64_t width, int64_t K
     }
 }
 
-// Carries out `count` operations one after the other for some rows of a cache.
-void neox_decode(const Operation* operations, int64_t count, const int64_t* row, const int64_t* length, int64_t rows,
-                 int64_t threads) {
-    const Rows which{rows, row, length};
+// Carries out `count` operations one after the other for some positions of rows of a cache.
+void neox_decode(const Operation* operations, int64_t count, const int64_t* cache_row, const int64_t* position,
+                 int64_t positions, int64_t threads) {
+    const Positions pass{positions, cache_row, position};
     Activations& quantized = activations();
     for (int64_t i = 0; i < count; i++)
-        if (operations[i].kind == MULTIPLY) reserve(quantized, operations[i].matrix, rows);
+        if (operations[i].kind == MULTIPLY) reserve(quantized, operations[i].matrix, positions);
 #pragma omp parallel num_threads(threads)
     {
         static thread_local std::vector<float> workspace;
         const int thread = omp_get_thread_num(), team = omp_get_num_threads();
         for (int64_t i = 0; i < count; i++) {
-            carry_out(operations[i], which, quantized, workspace, thread, team, wait);
+            carry_out(operations[i], pass, quantized, workspace, thread, team, wait);
             wait();
         }
     }

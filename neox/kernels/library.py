@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from neox import log
-from neox.kernels.build import build, instruction_sets
+from neox.kernels.build import instruction_sets, open_library
 
 FUNCTIONS = {"none": 0, "gelu_tanh": 1, "gelu_erf": 2, "silu": 3, "relu": 4}
 LAYER_NORM, RMS_NORM, MULTIPLY, ATTEND, GATE, ADD = range(6)
@@ -64,11 +64,11 @@ def library() -> ctypes.CDLL | None:
     if wanted and wanted not in available:
         log.warning(f"NEOX_KERNELS={wanted} is not one of {', '.join(available)} or off: ignored")
         wanted = ""
-    path = build(wanted or available[0])
-    if path is None:
+    # Torch was imported first: both then use its OpenMP runtime, and so one team of threads.
+    found = open_library([wanted] if wanted else available)
+    if found is None:
         return None
-    # Torch comes first: both then use its OpenMP runtime, and so one team of threads.
-    found = ctypes.CDLL(str(path))
+    assert found.neox_size() == ctypes.sizeof(Operation), "Operation is not that of decode.h"
     found.neox_multiply.argtypes = [ctypes.POINTER(Matrix), _P, _P, _I, _I]
     found.neox_pack.argtypes = [_I, _P, _I, _I, _I, _P, _P, _I]
     found.neox_decode.argtypes = [_P, _I, _P, _P, _I, _I]
@@ -98,9 +98,10 @@ def matrix(
 
 
 def multiply(x: Tensor, weight: Matrix) -> Tensor:
-    """x [..., width] -> [..., N], all float32."""
+    """x [..., width] -> [..., N], float32 on the CPU."""
     kernels = library()
     assert kernels is not None
+    assert x.dtype is torch.float32 and x.device.type == "cpu", (x.dtype, x.device)
     x = x.contiguous()
     y = torch.empty(*x.shape[:-1], weight.N)
     rows = x.numel() // weight.width

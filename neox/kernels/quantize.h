@@ -28,6 +28,8 @@ struct Format {
     static int64_t block_bytes(int64_t K) { return K * BLOCK * BITS / 8; }
 };
 
+constexpr float NOTHING = 1e-30f;  // magnitudes below it count as 0: their steps have no inverse
+
 // What a product makes of its activations before it begins.
 struct Activations {
     std::vector<int8_t> values;  // [M][K]
@@ -60,7 +62,7 @@ inline void quantize_activations(const float* x, int n, int8_t* values, float& s
     const float most = largest_magnitude(x, n);
     scale = most / 127.0f;
     sum = 0;
-    if (most == 0.0f || !(most - most == 0.0f)) {  // a scale of infinity or NaN makes products NaN
+    if (most < NOTHING || !(most - most == 0.0f)) {  // a scale of infinity or NaN makes products NaN
         std::memset(values, 0, n);
         return;
     }
@@ -99,8 +101,6 @@ inline ints to_bfloat16(floats value) {
 }
 
 inline floats magnitude(floats x) { return x < 0.0f ? -x : x; }
-
-constexpr float NOTHING = 1e-30f;  // magnitudes below it count as 0: their steps have no inverse
 
 // The scales (in upper halves) of a group of some rows, w[k] being their elements at k; 8 bits: large
 // enough for the largest magnitude to be at most 127 steps.

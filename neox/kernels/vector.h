@@ -114,9 +114,9 @@ inline float largest(floats value) {
     return most;
 }
 
-// Within 2 units in the last place. Below e^-87 it is 0, above e^88 infinite; of NaN, NaN.
+// Within 2 units in the last place. Of less than -87 it is 0, of more than 88.72 infinite; of NaN, NaN.
 inline floats exponential(floats x) {
-    const floats clamped = x < -87.0f ? broadcast(-87.0f) : x > 88.5f ? broadcast(88.5f) : x;
+    const floats clamped = x < -87.0f ? broadcast(-87.0f) : x > 88.72f ? broadcast(88.72f) : x;
     const floats n = nearest(clamped * 1.44269504f);
     // ln 2 in two parts, the first of few bits so that n times it is exact (Cody and Waite).
     const floats r = (clamped - n * 0.693359375f) - n * -2.12194440e-4f;
@@ -130,7 +130,7 @@ inline floats exponential(floats x) {
     // 2^n in two factors, as n = 128 does not fit one.
     const ints whole = to_ints(n), half = whole >> 1;
     const floats result = p * (floats)((half + 127) << 23) * (floats)((whole - half + 127) << 23);
-    return x < -87.0f ? floats{} : x == x ? result : x;
+    return x < -87.0f ? floats{} : x > 88.72f ? broadcast(__builtin_inff()) : x == x ? result : x;
 }
 
 inline floats sigmoid(floats x) { return 1.0f / (1.0f + exponential(-x)); }

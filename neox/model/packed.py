@@ -77,10 +77,18 @@ class Packed(nn.Module):
 
     def look_up(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
         """Row indices [...] -> their rows, [..., columns]."""
-        _, K = self.padded
-        block, lane = rows.flatten() // _BLOCK, rows.flatten() % _BLOCK
-        places = (torch.arange(len(block), device=rows.device), lane)
-        values = _values(self.bits, K, self.codes[block], self.scales[block])[places]
+        K = self.padded[1]
+        # The lane is chosen before anything is unpacked: a block is 16 rows, and one is wanted.
+        at = rows.flatten() // _BLOCK, slice(None), rows.flatten() % _BLOCK
+        if self.bits == 32:
+            values = self.codes.view(torch.float32).unflatten(1, (K, _BLOCK))[at]
+        else:
+            codes = self.codes.view(len(self.codes), -1, _BLOCK, 4)[at]  # [..., K / 4 or K / 8, 4]
+            if self.bits == 4:
+                codes = torch.stack((codes & 15, codes >> 4), dim=2)
+            steps = self.scales.view(torch.bfloat16)[at].float()
+            values = codes.flatten(1).float() - _ZERO[self.bits]
+            values *= steps.repeat_interleave(GROUP[self.bits], dim=1)
         return values[:, : self.shape[1]].to(dtype).unflatten(0, rows.shape)
 
     def dequantize(self) -> Tensor:
@@ -215,7 +223,7 @@ def _multiply(x: Tensor, bits: int, K: int, codes: Tensor, scales: Tensor) -> Te
     values, steps = _unpacked(bits, K, codes, scales)
     x_MGg = F.pad(x, (0, K - x.shape[1])).unflatten(1, (-1, group))
     most_MG1 = x_MGg.abs().amax(dim=-1, keepdim=True)
-    usable = (most_MG1 > 0) & most_MG1.isfinite()
+    usable = (most_MG1 >= _NOTHING) & most_MG1.isfinite()
     # Two tensors: torch divides a number by one as number * (1 / tensor), which rounds twice.
     inverse = torch.full_like(most_MG1, 127.0) / most_MG1
     q_MGg = torch.where(usable, (x_MGg * inverse).round(), 0.0)

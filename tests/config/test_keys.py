@@ -277,7 +277,7 @@ FROZEN = {
         top_k                                     acts     0
         maximum_tokens                            acts     64
         generate_batch_size                       acts     16
-        compile_decoding                          acts     true
+        compile_decoding                          acts     null
         num_samples                               acts     1
         prompt_end                                acts     "\n"
         sample_input_file                         acts     null

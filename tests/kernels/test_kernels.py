@@ -120,17 +120,63 @@ def test_what_is_no_number_stays_none(number: float) -> None:
         pack(w, 8)
 
 
-def test_a_machine_without_a_compiler_has_none(
+def kept_in(folder: Path) -> list[Path]:
+    return sorted((folder / "neox").glob("*.so"))
+
+
+def test_a_library_is_kept_and_used_again(chosen: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    chosen.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert build.open_library(["plain"]) is not None
+    (kept,) = kept_in(tmp_path)
+    chosen.setattr(build.subprocess, "run", None)  # nothing is compiled
+    assert build.open_library(["plain"]) is not None
+    chosen.undo()
+    chosen.setenv("XDG_CACHE_HOME", str(tmp_path))
+    whole = kept.read_bytes()
+    kept.write_bytes(whole[:-5000])  # which would crash the process that loads it
+    assert build.open_library(["plain"]) is not None
+    assert kept.read_bytes() == whole
+
+
+def test_nothing_is_run_from_where_others_may_write(
+    chosen: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    chosen.setenv("XDG_CACHE_HOME", str(tmp_path))
+    (tmp_path / "neox").mkdir()
+    (tmp_path / "neox").chmod(0o777)
+    assert build.open_library(["plain"]) is not None
+    assert kept_in(tmp_path) == []
+    (tmp_path / "neox").chmod(0o700)
+    assert build.open_library(["plain"]) is not None
+    (kept,) = kept_in(tmp_path)
+    kept.chmod(0o666)
+    before = kept.stat().st_mtime_ns
+    assert build.open_library(["plain"]) is not None
+    assert kept.stat().st_mtime_ns > before
+
+
+def test_a_machine_without_a_compiler_says_so(
     chosen: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     chosen.setenv("XDG_CACHE_HOME", str(tmp_path))
-    chosen.setenv("CXX", "/bin/false")
-    assert build.build("plain") is None
-    assert "torch's are used" in capfd.readouterr().out
-    assert list(tmp_path.rglob("*.so")) == []
+    chosen.setenv("CXX", "sh -c 'echo first; echo library.cpp: error: too old >&2; exit 1'")
+    assert build.open_library(["avx2", "plain"]) is None
     chosen.delenv("CXX")
-    made = build.build("plain")
-    assert made is not None and made.exists() and build.build("plain") == made
+    chosen.setenv("PATH", str(tmp_path))
+    assert build.open_library(["plain"]) is None
+    assert capfd.readouterr().out == (
+        "no kernels for this CPU, torch works more slowly: library.cpp: error: too old\n"
+        "no kernels for this CPU, torch works more slowly: there is no g++ (or $CXX)\n"
+    )
+    assert kept_in(tmp_path) == []
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_the_tiniest_numbers_are_zeros(chosen: pytest.MonkeyPatch, bits: int) -> None:
+    held, x = pack(weight(32, 64), bits), torch.full((2, 64), 1e-38)
+    for name in ("off", *instruction_sets()):
+        use(chosen, name)
+        assert torch.equal(held.multiply(x), torch.zeros(2, 32))
 
 
 def test_an_unknown_choice_is_told(
