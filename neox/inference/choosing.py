@@ -51,7 +51,7 @@ def choose_all(
 
 
 def _choose(answers: Sequence[Answer], logits_BV: Tensor, tokenizer: Tokenizer) -> list[int | None]:
-    finite = logits_BV.isfinite().all(dim=-1).tolist()
+    finite = logits_BV.sum(dim=-1).isfinite().tolist()  # one pass: what is no number stays none
     logits_BV = logits_BV[:, : tokenizer.vocab_size]
     likeliest = logits_BV.argmax(dim=-1).tolist()
     tokens: list[int | None] = []
@@ -60,7 +60,8 @@ def _choose(answers: Sequence[Answer], logits_BV: Tensor, tokenizer: Tokenizer) 
         if not finite[i]:
             tokens.append(None)
             continue
-        if sampling.is_greedy and sampling.repetition_penalty == 1 and answer.may_end:
+        allowed = answer.may_end or likeliest[i] != tokenizer.eod
+        if sampling.is_greedy and sampling.repetition_penalty == 1 and allowed:
             tokens.append(likeliest[i])
             continue
         logits_V = logits_BV[i]

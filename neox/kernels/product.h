@@ -174,46 +174,61 @@ inline void fill_panel(const float* x, int64_t K, float* panel, int thread, int 
         for (int r = 0; r < R; r++) panel[k * R + r] = x[r * K + k];
 }
 
-// A panel of R rows times BLOCKS blocks of columns. Partial sums of some products keep the error of long
-// rows small.
+constexpr int SIDE = 4;             // blocks that meet a panel while it is in the cache
+constexpr int WIDTH = SIDE * PARTS;  // their vectors
+
+// Adds to `totals` [R][WIDTH] the products of a panel of R rows with BLOCKS blocks of columns, over k in
+// [first, last). Sums of 256 products at a time keep the error of long rows small.
 template <int R, int BLOCKS>
-inline void float_tile(const Matrix& w, int64_t block, const float* panel, int64_t row, const Output& to) {
+inline void float_tile(const float* weight, int64_t K, const float* panel, int64_t first, int64_t last,
+                       floats* totals) {
     constexpr int64_t piece = 256;
     constexpr int V = BLOCKS * PARTS;
-    const int64_t K = w.width, stride = K * BLOCK;
-    const float* weight = (const float*)w.codes + block * stride;
-    floats total[R][V] = {};
-    for (int64_t first = 0; first < K; first += piece) {
-        const int64_t last = first + piece < K ? first + piece : K;
+    for (int64_t start = first; start < last; start += piece) {
+        const int64_t stop = start + piece < last ? start + piece : last;
         floats sum[R][V] = {};
-        for (int64_t k = first; k < last; k++) {
+        for (int64_t k = start; k < stop; k++) {
             floats part[V];
             for (int v = 0; v < V; v++)
-                part[v] = load<floats>(weight + v / PARTS * stride + k * BLOCK + v % PARTS * LANES);
+                part[v] = load<floats>(weight + (v / PARTS * K + k) * BLOCK + v % PARTS * LANES);
             for (int r = 0; r < R; r++) {
                 const floats value = broadcast(panel[k * R + r]);
                 for (int v = 0; v < V; v++) sum[r][v] = multiply_add(value, part[v], sum[r][v]);
             }
         }
         for (int r = 0; r < R; r++)
-            for (int v = 0; v < V; v++) total[r][v] += sum[r][v];
+            for (int v = 0; v < V; v++) totals[r * WIDTH + v] += sum[r][v];
     }
-    for (int r = 0; r < R; r++)
-        for (int v = 0; v < V; v++) to.put(row + r, block * BLOCK + v * LANES, total[r][v]);
 }
 
 // This thread's columns of the product of M rows in panels.
 inline void multiply_floats(const Matrix& w, const float* panels, int64_t M, const Output& to, int thread, int threads) {
-    constexpr int together = 4;  // blocks that meet a panel while it is in the cache
-    const Share blocks((w.N + BLOCK - 1) / BLOCK, together, thread, threads);
-    for (int64_t block = blocks.first; block < blocks.last; block += together)
-        for_panels(M, 0, [&](auto size, int64_t row) {
-            constexpr int R = decltype(size)::value, side = MANY ? 4 : R == 1 ? 2 : 1;
-            const int64_t last = block + together < blocks.last ? block + together : blocks.last;
-            int64_t b = block;
-            for (; b + side <= last; b += side) float_tile<R, side>(w, b, panels + row * w.width, row, to);
-            for (; b < last; b++) float_tile<R, 1>(w, b, panels + row * w.width, row, to);
-        });
+    // Of K at a time, so that what all panels meet, 256 KB of weights, stays in the L2 cache.
+    constexpr int64_t deep = 1024;
+    static thread_local std::vector<floats> totals;
+    if (int64_t(totals.size()) < M * WIDTH) totals.resize(M * WIDTH);
+    const int64_t K = w.width;
+    const Share blocks((w.N + BLOCK - 1) / BLOCK, SIDE, thread, threads);
+    for (int64_t block = blocks.first; block < blocks.last; block += SIDE) {
+        const int64_t count = blocks.last - block < SIDE ? blocks.last - block : SIDE;
+        const float* weight = (const float*)w.codes + block * K * BLOCK;
+        std::memset((void*)totals.data(), 0, M * WIDTH * sizeof(floats));
+        for (int64_t first = 0; first < K; first += deep) {
+            const int64_t last = first + deep < K ? first + deep : K;
+            for_panels(M, 0, [&](auto size, int64_t row) {
+                constexpr int R = decltype(size)::value, together = MANY ? 4 : R == 1 ? 2 : 1;
+                floats* to_panel = totals.data() + row * WIDTH;
+                int64_t b = 0;
+                for (; b + together <= count; b += together)
+                    float_tile<R, together>(weight + b * K * BLOCK, K, panels + row * K, first, last, to_panel + b * PARTS);
+                for (; b < count; b++)
+                    float_tile<R, 1>(weight + b * K * BLOCK, K, panels + row * K, first, last, to_panel + b * PARTS);
+            });
+        }
+        for (int64_t row = 0; row < M; row++)
+            for (int64_t v = 0; v < count * PARTS; v++)
+                to.put(row, block * BLOCK + v * LANES, totals[row * WIDTH + v]);
+    }
 }
 
 }  // namespace neox
