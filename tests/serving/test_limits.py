@@ -11,7 +11,9 @@ from typing import Any
 
 import httpx
 import pytest
+from pydantic import ValidationError
 
+from neox.serving.schemas import ChatRequest, CompletionRequest
 from tests.serving.fakes import FakeDecoder, Running, serving, wait_until
 
 JSON = {"Content-Type": "application/json"}
@@ -95,6 +97,27 @@ def test_hostile_bodies_are_bad_requests(server: Running, body: bytes) -> None:
     assert response.status_code == 400
     message = error(response)["message"]
     assert message and len(message) < 300
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"prompt": ["x"] * 100_000 + [1]},
+        {"prompt": [[]] * 100_000},
+        {"prompt": [["x"] * 100_000]},
+        {"prompt": "x", "logit_bias": dict.fromkeys(map(str, range(50_000)), "x")},
+        {"prompt": "x", **dict.fromkeys(map(str, range(50_000)), 1)},
+        {"messages": [{"role": "user", "content": [1] * 100_000}]},
+        {"messages": [{"role": "user", "content": "x"} | dict.fromkeys(map(str, range(50_000)))]},
+    ],
+    ids=range(7),
+)
+def test_a_body_with_many_mistakes_is_told_of_few(body: dict[str, Any]) -> None:
+    """Collecting all of them would take seconds, during which nobody is answered."""
+    shape = ChatRequest if "messages" in body else CompletionRequest
+    with pytest.raises(ValidationError) as raised:
+        shape.model_validate(body)
+    assert raised.value.error_count() <= 4
 
 
 def test_a_body_that_does_not_say_it_is_json(server: Running) -> None:
