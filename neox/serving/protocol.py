@@ -1,9 +1,9 @@
 """uvicorn's HTTP protocol with patience that ends: for clients that send or read too slowly.
 
-A slow client costs a connection, so those are limited: where too many do nothing for us, one of them
-is closed, the oldest of those that have sent no whole header if there are any. Good clients send
-theirs at once and are never among the oldest for long; what they keep open between two requests is
-closed last.
+A slow client costs a connection, so those are limited: of too many that have no request answered,
+one is closed, the oldest of those that have sent no whole header if there are any. Good clients
+send theirs at once and are never among the oldest for long; what they keep open between two
+requests is closed last.
 """
 
 from __future__ import annotations
