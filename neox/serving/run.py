@@ -126,7 +126,7 @@ def _warn_of_strangers(config: NeoXConfig, keys: list[str]) -> None:
 
 
 def _announce(url: str, service: Service, keyed: bool) -> None:
-    key = f' -H "Authorization: Bearer ${KEYS}"' if keyed else ""
+    key = " -H 'Authorization: Bearer KEY'" if keyed else ""
     log.info(
         f"serving {', '.join(service.models)} at {url}\n"
         f"  curl {url}/v1/completions -H 'Content-Type: application/json'{key} "

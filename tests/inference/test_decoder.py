@@ -229,6 +229,18 @@ def test_maximum_and_minimum_of_tokens(logits):
     assert run(minimum_tokens=4, stop=(chr(11),)).text.startswith(chr(10) + chr(11)) == ends
 
 
+def test_other_tokens_end_an_answer_too_and_what_was_held_back_is_told():
+    def run(**values) -> Served:
+        decoder = Decoder(FakeModel(config(), script(2, [10, 11, 12, 13, EOD])), ByteTokenizer(), 1)
+        request = Request((1, 2), 9, stop=(chr(11) + "x",), ends=(12,), **values)
+        [served] = serve(decoder, [request])
+        return served
+
+    ended = run()
+    assert (ended.tokens, ended.text, ended.finish) == ([10, 11, 12], chr(10) + chr(11), "stop")
+    assert 12 not in run(ignore_eod=True).tokens and 12 not in run(minimum_tokens=4).tokens[:4]
+
+
 def test_an_answer_ends_where_nothing_more_fits():
     for max_length, count in ((None, 62), (10, 8)):
         decoder = Decoder(FakeModel(config()), ByteTokenizer(), 1, max_length)
