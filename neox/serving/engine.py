@@ -43,13 +43,19 @@ class Engine:
 
     # the decoding thread
 
+    def open(self, decoder: Decoder) -> None:
+        """Take requests from now on; `run` follows.
+
+        Call it before a signal may stop the server, which it would undo.
+        """
+        self.metrics.watch(decoder)
+        self.state = "ready"
+
     def run(self, replica: Replica) -> None:
         """Decode until `stop`. Collective over the world: other ranks call `follow`.
 
         What the decoder raises is raised here; whoever waits for an answer is told.
         """
-        self.metrics.watch(replica.decoder)
-        self.state = "ready" if self.state == "loading" else self.state
         try:
             while (events := replica.advance(self._next_commands(replica.decoder))) is not None:
                 if events:

@@ -173,6 +173,7 @@ def serving(
 
 def _decode(engine: Engine, replica: Replica) -> None:
     with contextlib.suppress(ArithmeticError):  # what tests make decoders raise
+        engine.open(replica.decoder)
         engine.run(replica)
 
 
