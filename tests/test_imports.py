@@ -50,6 +50,7 @@ DOORS = {
     "fastapi": ("neox.serving",),
     "starlette": ("neox.serving",),  # what fastapi is made of
     "pydantic": ("neox.serving",),
+    "pydantic_core": ("neox.serving.schemas",),
     "uvicorn": ("neox.serving.server", "neox.serving.protocol"),
     "h11": ("neox.serving.protocol",),
     "prometheus_client": ("neox.serving.metrics",),

@@ -27,6 +27,7 @@ TRAIN = "./deepy.py train.py configs/demo.yml"
 # The checkpoint is of a 2 x 2 grid; any other reads it as it is.
 ONE_PROCESS = "configs/demo.yml --set model_parallel_size=1 --set pipe_parallel_size=1"
 GENERATE = f"./deepy.py generate.py {ONE_PROCESS}"
+SERVE = f"./deepy.py serve.py {ONE_PROCESS}"
 EVALUATE = f"./deepy.py evaluate.py {ONE_PROCESS}"
 
 
@@ -134,6 +135,7 @@ The model continues "{sample["context"]}" with
 
 Try next:
   {GENERATE} --set text_gen_type=interactive
+  {SERVE}   # a page in the browser, and OpenAI's API
   {TRAIN} --set train_iters=600   # goes on from iteration 400
   {TRAIN} --dry_run               # every value, and where it comes from"""
 

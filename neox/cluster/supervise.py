@@ -29,7 +29,7 @@ LOG_LINES = 20
 
 _OUT_OF_MEMORY = (
     "if nobody did that by hand, the machine ran out of memory (dmesg tells): "
-    "use a smaller micro-batch or fewer processes"
+    "use fewer processes, a smaller micro-batch or, to serve, fewer serve_rows"
 )
 
 

@@ -22,7 +22,10 @@ class Choice(NamedTuple):
 
 
 class Answer:
-    """tokens: of the prompt and behind it. generator: of this answer's random numbers."""
+    """tokens: of the prompt and behind it. generator: of this answer's random numbers.
+
+    ends: the tokens that end it.
+    """
 
     def __init__(self, id: int, request: Request, tokenizer: Tokenizer, max_length: int) -> None:
         self.id = id
@@ -30,7 +33,7 @@ class Answer:
         self.tokens = list(request.prompt)
         # A Python number of any size is a seed. On the CPU it means the same for every device.
         self.generator = torch.Generator().manual_seed(request.seed % 2**64)
-        self._eod = tokenizer.eod
+        self.ends = sorted({tokenizer.eod, *request.ends})
         self._most = min(request.maximum_tokens, max_length - len(request.prompt))
         self._detokenizer = StreamingDetokenizer(tokenizer)
         self._stops = StopStrings(request.stop)
@@ -41,7 +44,7 @@ class Answer:
 
     @property
     def may_end(self) -> bool:
-        """Whether the end of the document may be chosen next."""
+        """Whether one of `ends` may be chosen next."""
         request = self.request
         return not request.ignore_eod and self.generated >= request.minimum_tokens
 
@@ -61,7 +64,7 @@ class Answer:
 
     def _read(self, token: int) -> tuple[str, Finish | None]:
         """The text that a token makes certain, and whether it ends the answer."""
-        if token == self._eod:
+        if token in self.ends:
             return self._rest(), "stop"
         text = self._detokenizer.push(token)
         if self.generated >= self.request.minimum_tokens:

@@ -50,10 +50,10 @@ class KVCache:
         assert span.stop <= self.max_length, f"{span.stop} positions exceed {self.max_length}"
         return CacheView(self, span)
 
-    def copy(self, source: int, target: int, length: int) -> None:
-        """Give a row the first `length` positions of another."""
+    def copy(self, source: int, target: int, start: int, stop: int) -> None:
+        """Give a row the positions of another from `start` to `stop`, which is none of them."""
         for memory in (self.keys_LRKTD, self.values_LRKTD):
-            memory[:, target, :, :length] = memory[:, source, :, :length]
+            memory[:, target, :, start:stop] = memory[:, source, :, start:stop]
 
     def erase(self, row: int) -> None:
         """Set a row to 0, in case it holds what is no number."""

@@ -68,8 +68,8 @@ def _choose(answers: Sequence[Answer], logits_BV: Tensor, tokenizer: Tokenizer) 
         if sampling.repetition_penalty != 1:
             logits_V = penalize(logits_V, answer.tokens, sampling.repetition_penalty)
         if not answer.may_end:
-            eod = torch.tensor([tokenizer.eod], device=logits_V.device)
-            logits_V = logits_V.index_fill(0, eod, -torch.inf)
+            ends = torch.tensor(answer.ends, device=logits_V.device)
+            logits_V = logits_V.index_fill(0, ends, -torch.inf)
         tokens.append(choose(logits_V, sampling, answer.generator))
     return tokens
 

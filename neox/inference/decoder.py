@@ -24,8 +24,9 @@ class Decoder:
     tells the others. It is for one thread.
 
     What is computed for a request does not depend on what else runs: a prompt has passes of its
-    own, of `chunk` positions from its beginning on, and everything else is done row by row but for
-    the products with the weights, whose sums may depend on the number of rows (docs/numerics.md).
+    own, of `chunk` positions from its beginning on, and everything else is done row by row. That
+    goes for products with packed weights, too (docs/inference.md); only where torch makes them may
+    their sums depend on the number of rows (docs/numerics.md).
     """
 
     def __init__(
@@ -48,7 +49,8 @@ class Decoder:
         self._rows = Rows(self._cache, chunk)
         self._ids = itertools.count()
         self._waiting: deque[Answer] = deque()
-        self._starting: tuple[Answer, Row] | None = None  # its prompt is being computed
+        # Their prompts are being computed; the first has the next turn.
+        self._starting: dict[int, tuple[Answer, Row]] = {}
         self._running: dict[int, tuple[Answer, Row]] = {}
         self._cancelled: list[Progress] = []
 
@@ -65,7 +67,7 @@ class Decoder:
     @property
     def running(self) -> int:
         """Requests that have a row."""
-        return len(self._running) + (self._starting is not None)
+        return len(self._starting) + len(self._running)
 
     def submit(self, request: Request) -> int:
         """Queue a request; its id. Raises RequestError if it cannot be served."""
@@ -82,15 +84,11 @@ class Decoder:
                 self._waiting.remove(answer)
                 self._cancelled.append(answer.cancel())
                 return
-        if self._starting is not None and self._starting[0].id == id:
-            answer, row = self._starting
-            self._starting = None
-        elif id in self._running:
-            answer, row = self._running.pop(id)
-        else:
-            return
-        self._rows.give_up(row)
-        self._cancelled.append(answer.cancel())
+        for held in (self._starting, self._running):
+            if id in held:
+                answer, row = held.pop(id)
+                self._rows.give_up(row)
+                self._cancelled.append(answer.cancel())
 
     @torch.inference_mode()
     def step(self) -> list[Progress]:
@@ -111,23 +109,24 @@ class Decoder:
         return told
 
     def _start(self) -> list[Progress]:
-        """Passes over prompts, one after the other, of `chunk` positions in all or a little more.
+        """Passes over prompts, of `chunk` positions in all or up to twice as many.
 
-        One that is long does not keep the running ones waiting.
+        They take turns: one that is long keeps neither the running ones waiting nor other prompts.
         """
         told: list[Progress] = []
         computed = 0
         while computed < self._chunk:
-            if self._starting is None:
-                if not self._waiting or not self._rows.any_free:
-                    break
+            while self._waiting and self._rows.any_free:
                 answer = self._waiting.popleft()
                 request = answer.request
-                self._starting = answer, self._rows.take(request.prompt, request.adapter)
-            answer, row = self._starting
-            before = row.length
+                row = self._rows.take(request.prompt, request.adapter)
+                self._starting[answer.id] = answer, row
+            if not self._starting:
+                break
+            answer, row = self._starting.pop(next(iter(self._starting)))
+            self._rows.extend(row, answer.request.prompt)
+            computed += min(self._chunk, len(answer.request.prompt) - row.length)
             told += self._prefill(answer, row)
-            computed += row.length - before
         return told
 
     def _prefill(self, answer: Answer, row: Row) -> list[Progress]:
@@ -140,8 +139,8 @@ class Decoder:
         logits = self._model(torch.tensor([chunk]), view, logits="last" if is_last else "none")
         self._rows.add(row, chunk)
         if not is_last:
+            self._starting[answer.id] = answer, row  # behind the others
             return []
-        self._starting = None
         self._running[answer.id] = answer, row
         return self._choose([(answer, row)], logits)
 

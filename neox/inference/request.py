@@ -12,7 +12,7 @@ from torch import Tensor
 from neox.errors import RequestError
 from neox.inference.sampling import GREEDY, Sampling
 
-# Why an answer ended: `stop` at the end of the document or before a stop string, `length` at
+# Why an answer ended: `stop` at a token that ends it or before a stop string, `length` at
 # maximum_tokens or where nothing more fits, `error` because its logits are not finite numbers.
 Finish = Literal["stop", "length", "cancelled", "error"]
 
@@ -25,12 +25,13 @@ class Request:
 
     prompt: tokens, at least one.
     maximum_tokens: fewer come where the model's context ends (finish `length`).
-    minimum_tokens: until there are so many, the end of the document is not chosen, and stop
+    minimum_tokens: until there are so many, no token that ends the answer is chosen, and stop
         strings are not looked for.
+    ends: tokens that end the answer as the end of the document does: that of a turn, say.
     stop: strings; the text ends before the first of them, the one that is complete first.
     logprobs: None for none; n >= 0 for each token's own log-probability and the n likeliest.
     seed: of the random numbers; the k-th token takes the k-th, whatever else runs.
-    ignore_eod: the end of the document is never chosen.
+    ignore_eod: no token that ends the answer is ever chosen.
     adapter: name of a LoRA adapter that the model was loaded with.
     logits: hand out the logits that each token was chosen from.
     """
@@ -42,6 +43,7 @@ class Request:
     stop: tuple[str, ...] = ()
     logprobs: int | None = None
     seed: int = 0
+    ends: tuple[int, ...] = ()
     ignore_eod: bool = False
     adapter: str | None = None
     logits: bool = False
@@ -64,8 +66,8 @@ class TokenLogprobs:
 class Progress:
     """What one step gave one request.
 
-    tokens: that were chosen. The end of the document is the last of them where that ended the
-        answer, and so are those of a stop string.
+    tokens: that were chosen. The one that ended the answer is the last of them, and so are those
+        of a stop string.
     text: what is new and will stay: never half a character, nothing of a stop string. All texts
         of an answer make its text.
     logprobs: one for each of `tokens`, if asked for.
@@ -106,6 +108,9 @@ def _problems(request: Request, vocabulary: int, max_length: int) -> Iterator[st
     for token in request.prompt:
         if not 0 <= token < vocabulary:
             yield f"the prompt holds the token {token}, but tokens are 0 to {vocabulary - 1}"
+    for token in request.ends:
+        if not 0 <= token < vocabulary:
+            yield f"the token {token} is to end the answer, but tokens are 0 to {vocabulary - 1}"
     full = no_room(len(request.prompt), max_length)
     if full is not None:
         yield full

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 
 from neox.inference.cache import KVCache
 
-# Positions of a pass over a prompt: enough for matrix products to run at full speed, few enough
-# for answers that run meanwhile to wait for.
+# Most positions of a pass over a prompt: enough for matrix products to run at full speed, few
+# enough for answers that run meanwhile to wait for.
 CHUNK = 256
 
 
@@ -49,23 +49,37 @@ class Rows:
         """A free row that holds as much of the prompt as any row does, short of its last token.
 
         A row that holds nothing else is taken as it is. Otherwise the row that has been of no use
-        for longest gets a copy, and the one that is copied from stays good for others.
+        for longest gets a copy, and the one that is copied from stays good for others if it can.
         """
         shared = [self._shared(row, prompt, adapter) for row in self._rows]
         as_it_is = [
             row.free and len(row.known) == n for row, n in zip(self._rows, shared, strict=True)
         ]
         source = max(self._rows, key=lambda row: (shared[row.index], as_it_is[row.index]))
-        length, row = shared[source.index], source
-        if length == 0 or not as_it_is[source.index]:
-            if length:
-                self._touch(source)
-            row = min((row for row in self._rows if row.free), key=_worth)
-            if length and row is not source:
-                self._cache.copy(source.index, row.index, length)
+        row = source
+        if shared[source.index] == 0 or not as_it_is[source.index]:
+            free = [row for row in self._rows if row.free]
+            others = [row for row in free if row is not source or shared[row.index] == 0]
+            row = min(others or free, key=_worth)
+        length = shared[row.index]
         row.free, row.adapter = False, adapter
         row.known, row.length = list(prompt[:length]), length
+        self.extend(row, prompt)
         return row
+
+    def extend(self, row: Row, prompt: Sequence[int]) -> None:
+        """Copy what another row holds of the prompt beyond what `row`, which was taken, does.
+
+        Before every pass over a prompt: others that begin alike may be under way, too, and each
+        chunk that they share is then computed once, by whoever comes to it first.
+        """
+        shared = [self._shared(other, prompt, row.adapter) for other in self._rows]
+        source = max(self._rows, key=lambda other: shared[other.index])
+        length = shared[source.index]
+        if length > row.length:
+            self._touch(source)
+            self._cache.copy(source.index, row.index, row.length, length)
+            row.known, row.length = list(prompt[:length]), length
 
     def add(self, row: Row, tokens: Sequence[int]) -> None:
         """Count a chunk of the prompt as held, behind those before it."""

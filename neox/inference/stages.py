@@ -16,6 +16,7 @@ from neox.inference.adapters import NamedAdapters
 from neox.inference.cache import CacheView, KVCache
 from neox.inference.compiled import CompiledPass, can_compile
 from neox.inference.graphs import GraphPass, can_record
+from neox.inference.rows import CHUNK
 from neox.model.block import TransformerLayer
 from neox.model.frozen import Storage
 from neox.model.gpt import Embedding, LocalLayers
@@ -23,8 +24,6 @@ from neox.model.loss import CHUNK_BYTES
 from neox.model.packing import Packing
 from neox.parallel.groups import ProcessGroups
 from neox.parallel.layers import gather_from_tensor_parallel
-
-_AT_A_TIME = 256  # positions of a prompt in the kernels' buffers
 
 
 class InferenceModel:
@@ -180,7 +179,7 @@ class InferenceModel:
         compiled = self._compiled.get(memory)
         if compiled is None:
             keys, values = memory.keys_LRKTD, memory.values_LRKTD
-            most = max(memory.rows, min(_AT_A_TIME, memory.max_length))
+            most = max(memory.rows, min(CHUNK, memory.max_length))
             compiled = CompiledPass(self.config, self._stage, keys, values, most)
             self._compiled[memory] = compiled
         if self.groups.is_first_stage:

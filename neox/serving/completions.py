@@ -51,12 +51,8 @@ class Job:
         self.service.engine.metrics.prompt_tokens.inc(self.usage["prompt_tokens"])
         async for index, progress in run.progress():
             self.completion_tokens += len(progress.tokens)
-            finish = self.finish(run, index, progress)
             logprobs = self.logprobs(index, progress) if progress.logprobs else None
-            yield Piece(index, progress.text, len(progress.tokens), logprobs, finish)
-
-    def finish(self, run: Run, index: int, progress: Progress) -> str | None:
-        return progress.finish
+            yield Piece(index, progress.text, len(progress.tokens), logprobs, progress.finish)
 
     def logprobs(self, index: int, progress: Progress) -> dict[str, Any]:
         raise NotImplementedError
@@ -130,18 +126,8 @@ class ChatJob(Job):
         wanted = body.max_completion_tokens or body.max_tokens
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
         model = service.model(body.model)
-        requests = service.requests([prompt], body, wanted, logprobs)
+        requests = service.requests([prompt], body, wanted, logprobs, service.turn_ends)
         super().__init__(service, requests, body.n or 1, model)
-        assert service.template is not None
-        self._end = service.template.eos
-
-    def finish(self, run: Run, index: int, progress: Progress) -> str | None:
-        """A turn may end with another token than a document does."""
-        request = self.requests[index]
-        if progress.finish is None and self._end in progress.tokens and not request.minimum_tokens:
-            self.service.engine.end(run, index)
-            return "stop"
-        return progress.finish
 
     def logprobs(self, index: int, progress: Progress) -> dict[str, Any]:
         return answers.chat_logprobs(progress, self.service.tokenizer)

@@ -43,13 +43,19 @@ class Engine:
 
     # the decoding thread
 
+    def open(self, decoder: Decoder) -> None:
+        """Take requests from now on; `run` follows.
+
+        Call it before a signal may stop the server, which it would undo.
+        """
+        self.metrics.watch(decoder)
+        self.state = "ready"
+
     def run(self, replica: Replica) -> None:
         """Decode until `stop`. Collective over the world: other ranks call `follow`.
 
         What the decoder raises is raised here; whoever waits for an answer is told.
         """
-        self.metrics.watch(replica.decoder)
-        self.state = "ready" if self.state == "loading" else self.state
         try:
             while (events := replica.advance(self._next_commands(replica.decoder))) is not None:
                 if events:
@@ -109,10 +115,6 @@ class Engine:
             yield run
         finally:
             self.metrics.cancellations.inc(sum(map(self._drop, run.open)))
-
-    def end(self, run: Run, index: int) -> None:
-        """End one of a run's sequences here: its row is free, nothing more comes of it."""
-        self._drop(run.close(index))
 
     def fail_all(self, error: Exception) -> None:
         """End every request with `error` and free the rows."""
@@ -176,12 +178,6 @@ class Run:
         if not self._unaccepted:
             self._accepted.set()
 
-    def close(self, index: int) -> int:
-        """Expect nothing more of the request at `index`; its ticket."""
-        ticket = next(ticket for ticket, at in self.open.items() if at == index)
-        del self.open[ticket]
-        return ticket
-
     def since(self, ticket: int) -> tuple[float, bool]:
         """Seconds since the ticket's last token, or since the start: then the token is the first.
 
@@ -206,13 +202,12 @@ class Run:
                 ticket, event = await self._events.get()
             if isinstance(event, Exception):
                 raise event
-            if ticket in self.open:  # it is not closed meanwhile
-                index = self.open[ticket]
-                if event.finish is not None:
-                    del self.open[ticket]
-                if event.finish == "error":
-                    raise EngineFailed(event.message or "")
-                yield index, event
+            index = self.open[ticket]
+            if event.finish is not None:
+                del self.open[ticket]
+            if event.finish == "error":
+                raise EngineFailed(event.message or "")
+            yield index, event
 
     @contextlib.asynccontextmanager
     async def _in_time(self) -> AsyncIterator[None]:

@@ -41,6 +41,7 @@ class Gate:
         self._max_body = max_body
         self._most = most
         self._active = 0
+        self._sending: dict[asyncio.Timeout, None] = {}  # of bodies on their way, the oldest first
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -69,7 +70,7 @@ class Gate:
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = Headers(scope=scope)
         if self._active > self._most:
-            raise Overloaded()
+            self._make_room()
         if self._keys and scope["path"] not in OPEN and not self._knows(headers):
             raise WrongKey()
         body = await self._read(headers, receive)
@@ -95,6 +96,17 @@ class Gate:
             watching.cancel()
             answering.cancel()  # where this task itself is cancelled
 
+    def _make_room(self) -> None:
+        """Turn away who has been sending a body for longest. Raises Overloaded where nobody is.
+
+        Good clients send theirs at once, and are never among the oldest for long.
+        """
+        for oldest in self._sending:
+            del self._sending[oldest]
+            oldest.reschedule(0)
+            return
+        raise Overloaded()
+
     def _knows(self, headers: Headers) -> bool:
         """In a time that does not depend on how much of a key is right."""
         scheme, _, key = headers.get("authorization", "").partition(" ")
@@ -108,14 +120,22 @@ class Gate:
             raise TooLarge(self._max_body)
         body = bytearray()
         more = True
-        while more:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                raise _Gone
-            body += message.get("body", b"")
-            more = message.get("more_body", False)
-            if len(body) > self._max_body:
-                raise TooLarge(self._max_body)
+        place = asyncio.timeout(None)
+        try:
+            async with place:
+                self._sending[place] = None
+                while more:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        raise _Gone
+                    body += message.get("body", b"")
+                    more = message.get("more_body", False)
+                    if len(body) > self._max_body:
+                        raise TooLarge(self._max_body)
+        except TimeoutError:
+            raise Overloaded() from None
+        finally:
+            self._sending.pop(place, None)
         return bytes(body)
 
 

@@ -1,8 +1,9 @@
 """uvicorn's HTTP protocol with patience that ends: for clients that send or read too slowly.
 
-A slow client costs a connection, so those are limited: where there are too many that have not sent
-a whole header, the oldest of them is closed. Good clients send theirs at once and are never among
-the oldest for long.
+A slow client costs a connection, so those are limited: of too many that have no request answered,
+one is closed, the oldest of those that have sent no whole header if there are any. Good clients
+send theirs at once and are never among the oldest for long; what they keep open between two
+requests is closed last.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ class PatientProtocol(H11Protocol):
 
     seconds: float
     most_idle: int
-    idle: dict[PatientProtocol, None]  # without a whole header, the oldest first
+    idle: dict[PatientProtocol, None]  # without a request that is being answered, the oldest first
 
     def __init__(self, *arguments: Any, **keywords: Any) -> None:
         super().__init__(*arguments, **keywords)
@@ -39,9 +40,10 @@ class PatientProtocol(H11Protocol):
         super().connection_made(transport)
         self._watch_reading()
         if len(self.idle) > self.most_idle:
-            oldest = next(iter(self.idle))
-            del self.idle[oldest]  # its connection_lost comes later
-            oldest.transport.abort()
+            others = (connection for connection in self.idle if connection is not self)
+            least = min(others, key=PatientProtocol._worth)  # the oldest of those worth the least
+            del self.idle[least]  # its connection_lost comes later
+            least.transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
@@ -73,7 +75,7 @@ class PatientProtocol(H11Protocol):
         Between requests uvicorn's keep-alive timeout counts.
         """
         theirs = self.conn.their_state
-        if theirs is h11.IDLE:
+        if theirs is h11.IDLE or self._is_refused():
             self.idle.setdefault(self)
         else:
             self.idle.pop(self, None)
@@ -85,6 +87,18 @@ class PatientProtocol(H11Protocol):
             self._reading = None
         elif is_partial and self._reading is None:
             self._reading = self.loop.call_later(self.seconds, self._too_slow)
+
+    def _is_refused(self) -> bool:
+        """Whether the request has its answer and is not whole yet: it was too much, say."""
+        cycle = self.cycle
+        answered = cycle is not None and cycle.response_complete
+        return answered and self.conn.their_state is h11.SEND_BODY
+
+    def _worth(self) -> int:
+        """To be kept: without a header the least, between two requests the most."""
+        if self.cycle is None:
+            return 0
+        return 1 if self._is_refused() else 2
 
     def _too_slow(self) -> None:
         cycle = self.cycle

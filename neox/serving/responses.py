@@ -12,7 +12,7 @@ from starlette.exceptions import HTTPException
 
 from neox.errors import RequestError
 from neox.serving.errors import ApiError, BadRequest, EngineFailed
-from neox.serving.schemas import NOT_SUPPORTED, ErrorBody, PlainErrorBody
+from neox.serving.schemas import NOT_SUPPORTED, UNKNOWN, ErrorBody, PlainErrorBody
 
 _MEANINGS = {
     400: "The request is wrong; the message says what.",
@@ -91,19 +91,25 @@ def _explain(error: RequestValidationError) -> BadRequest:
     """One of the reasons: of the branches of a union, the one that got farthest."""
     problem = max(
         error.errors(),
-        key=lambda problem: (len(problem["loc"]), not problem["type"].endswith("_type")),
+        key=lambda problem: (len(_place(problem)), not problem["type"].endswith("_type")),
     )
     if problem["type"] == "json_invalid":
         return BadRequest("the body is not JSON")
-    names = [str(part) for part in problem["loc"][1:] if _is_name(part)]
+    names = [str(part) for part in _place(problem) if _is_name(part)]
     param = names[0] if names else None
     if param in NOT_SUPPORTED:
         return BadRequest(NOT_SUPPORTED[param], param)
-    if problem["type"] == "extra_forbidden":
+    if problem["type"] == UNKNOWN:
         return BadRequest(f"there is no parameter {'.'.join(names) or 'of such a name'}", param)
     if param is None:
         return BadRequest("the body is not a JSON object, with Content-Type: application/json")
     return BadRequest(f"{'.'.join(names)}: {problem['msg']}", param)
+
+
+def _place(problem: dict[str, Any]) -> tuple[Any, ...]:
+    """The path to what is wrong, in the body."""
+    unknown = (problem["ctx"]["name"],) if problem["type"] == UNKNOWN else ()
+    return (*problem["loc"][1:], *unknown)
 
 
 def _is_name(part: object) -> bool:

@@ -38,9 +38,9 @@ def serve(
     """
     check_names(config)
     if groups.rank > 0:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # rank 0 says when it is over
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        follow(Replica(load(), groups))
+        replica = Replica(load(), groups)  # until here a signal ends it, as it does rank 0
+        _on_signals(signal.SIG_IGN)  # from here on rank 0 says when it is over
+        follow(replica)
         return
     keys = read_keys(config.serve_api_keys_file)
     listener = listen(config.serve_host, config.serve_port)
@@ -65,7 +65,12 @@ def serve(
     )
     with server.running():
         _on_signals(_leave)
-        replica = Replica(load(), groups)
+        decoder = load()
+        if groups.world_size > 1:
+            # A signal may have ended other ranks; who waits for them in C++ runs no handler.
+            _on_signals(signal.SIG_DFL)
+        replica = Replica(decoder, groups)
+        engine.open(replica.decoder)
         _on_signals(lambda number, frame: server.stop())
         _announce(url, service, bool(keys))
         engine.run(replica)
@@ -126,7 +131,7 @@ def _warn_of_strangers(config: NeoXConfig, keys: list[str]) -> None:
 
 
 def _announce(url: str, service: Service, keyed: bool) -> None:
-    key = f' -H "Authorization: Bearer ${KEYS}"' if keyed else ""
+    key = " -H 'Authorization: Bearer KEY'" if keyed else ""
     log.info(
         f"serving {', '.join(service.models)} at {url}\n"
         f"  curl {url}/v1/completions -H 'Content-Type: application/json'{key} "
@@ -134,7 +139,7 @@ def _announce(url: str, service: Service, keyed: bool) -> None:
     )
 
 
-def _on_signals(handler: Callable[[int, FrameType | None], object]) -> None:
+def _on_signals(handler: Callable[[int, FrameType | None], object] | signal.Handlers) -> None:
     for number in _SIGNALS:
         signal.signal(number, handler)
 

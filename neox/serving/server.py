@@ -123,11 +123,16 @@ class Server:
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
-        """Answer while the block runs. It ends once every answer is given, or by an exception."""
+        """Answer while the block runs. It ends once every answer is given, or by an exception.
+
+        Raises what keeps the thread from answering: where it cannot begin, instead of the block.
+        """
         thread = threading.Thread(target=self._run, name="server", daemon=True)
         thread.start()
         self._up.wait()
         try:
+            if self._error is not None:
+                raise self._error
             yield
         finally:
             self.stop()
@@ -145,7 +150,8 @@ class Server:
         if self._engine.state != "failed":
             self._engine.state = "stopping"
         self._uvicorn.should_exit = True
-        assert self._loop is not None, "running"
+        if self._loop is None:  # it has never begun, and `running` raises why
+            return
         grace = 0.0 if again else self._grace
         with contextlib.suppress(RuntimeError):  # its end came first
             self._loop.call_soon_threadsafe(

@@ -55,6 +55,12 @@ class Service:
             raise UnknownModel(name, self.models)
         return name
 
+    @property
+    def turn_ends(self) -> tuple[int, ...]:
+        """The token that ends a turn; that of a document does in any case."""
+        eos = None if self.template is None else self.template.eos
+        return () if eos is None or eos >= self.tokenizer.vocab_size else (eos,)
+
     async def tokenize(self, texts: Sequence[str], param: str) -> list[Prompt]:
         """The tokens of prompts; an empty one is the end-of-document token. Not on the event loop:
         a body's worth of text takes a while."""
@@ -106,8 +112,12 @@ class Service:
         body: Generation,
         maximum_tokens: int | None,
         logprobs: int | None,
+        ends: tuple[int, ...] = (),
     ) -> list[Request]:
-        """n for each prompt, in order; `maximum_tokens` None is as many as there is room for."""
+        """n for each prompt, in order; `maximum_tokens` None is as many as there is room for.
+
+        ends: tokens that end an answer besides that of a document.
+        """
         n = body.n or 1
         if len(prompts) * n > self.engine.capacity:
             raise BadRequest(
@@ -126,6 +136,7 @@ class Service:
                 minimum_tokens=self._minimum(body.min_tokens or 0, maximum),
                 sampling=sampling_of(body),
                 stop=stop,
+                ends=ends,
                 logprobs=logprobs,
                 seed=seed + choice,
                 adapter=None if adapter == self.name else adapter,

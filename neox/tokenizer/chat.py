@@ -27,8 +27,7 @@ class ChatTemplate:
         self.folder = folder
         self.vocab_size: int = len(tokenizer)
         self.eos: int | None = tokenizer.eos_token_id
-        self.source = str(tokenizer.chat_template)  # the template's own text
-        self.source: str = tokenizer.get_chat_template()
+        self.source: str = tokenizer.get_chat_template()  # the template's own text
         self._tokenizer = tokenizer
 
     def write(self, turns: Sequence[dict[str, Any]], next_speaks: bool) -> str:

@@ -94,10 +94,14 @@ def test_nothing_else_is_written(attend):
 
 def test_a_row_that_is_copied_and_one_that_is_erased():
     cache, before = make(), make()
-    cache.copy(2, 0, 6)
-    assert torch.equal(cache.keys_LRKTD[:, 0, :, :6], before.keys_LRKTD[:, 2, :, :6])
-    assert torch.equal(cache.values_LRKTD[:, 0, :, :6], before.values_LRKTD[:, 2, :, :6])
-    assert torch.equal(cache.keys_LRKTD[:, 0, :, 6:], before.keys_LRKTD[:, 0, :, 6:])
+    cache.copy(2, 0, 2, 6)
+    for memory, old in (
+        (cache.keys_LRKTD, before.keys_LRKTD),
+        (cache.values_LRKTD, before.values_LRKTD),
+    ):
+        assert torch.equal(memory[:, 0, :, 2:6], old[:, 2, :, 2:6])
+        assert torch.equal(memory[:, 0, :, :2], old[:, 0, :, :2])
+        assert torch.equal(memory[:, 0, :, 6:], old[:, 0, :, 6:])
     cache.erase(2)
     assert not cache.keys_LRKTD[:, 2].any() and not cache.values_LRKTD[:, 2].any()
     assert torch.equal(cache.keys_LRKTD[:, 1], before.keys_LRKTD[:, 1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -137,12 +138,16 @@ def test_what_is_shared_is_not_computed_again_and_is_the_same_to_the_last_bit():
 
 def test_a_prompt_is_shared_while_its_first_owner_runs():
     model = Counting(small_model(ProcessGroups.single(), **SHAPE))
-    long = some_requests()[1].prompt
-    served = serve(
-        Decoder(model, LetterTokenizer(), 4, chunk=8), [Request(long, 9, logits=True)] * 4
-    )
-    assert model.prompt_tokens == 34 + 3 * 2
-    assert len({tuple(one.tokens) for one in served}) == 1
+    request = Request(some_requests()[1].prompt, 9, logits=True)
+    [alone] = serve(Decoder(model, LetterTokenizer(), 1, chunk=8), [request])
+    for later in ({}, {2: request}, {7: request}):
+        before = model.prompt_tokens
+        served = serve(Decoder(model, LetterTokenizer(), 4, chunk=8), [request] * 3, later)
+        assert model.prompt_tokens - before == 34 + (2 + len(later)) * 2
+        for one in served:
+            assert one.tokens == alone.tokens
+            # The first token's logits come of a pass over the prompt alone.
+            assert torch.equal(one.logits[0], alone.logits[0])
 
 
 def test_running_answers_take_one_pass_and_a_long_prompt_does_not_stall_them():
@@ -154,6 +159,49 @@ def test_running_answers_take_one_pass_and_a_long_prompt_does_not_stall_them():
     # Each step from here on has a chunk of the long one and a token of both others.
     assert model.shapes[2:10] == [(1, 8), (2, 1)] * 3 + [(1, 6), (2, 1)]
     assert model.shapes[10:] == [(3, 1)]
+
+
+def test_prompts_take_turns_so_that_a_short_one_does_not_wait_for_long_ones():
+    decoder = Decoder(FakeModel(config()), ByteTokenizer(), 4, chunk=4)
+    long = [decoder.submit(Request((i,) * 40, 3)) for i in (1, 2)]
+    assert [decoder.step(), decoder.step()] == [[], []] and decoder.running == 2
+    short = decoder.submit(Request((3, 4), 3))
+    assert (decoder.waiting, decoder.running) == (1, 2)
+    told = [[progress.id for progress in decoder.step()] for _ in range(5)]
+    # Either long one has its turn, then the short one, with what is left of that step for a long
+    # one; from then on the short one gets a token in every step.
+    assert told == [[], [], [short], [short], [short]] and decoder.running == 2
+    firsts = []
+    while not decoder.idle:
+        firsts += [progress.id for progress in decoder.step() if progress.finish is None]
+    assert list(dict.fromkeys(firsts)) == long
+
+
+def test_prompts_that_come_and_go_while_others_are_computed_touch_nobody():
+    """Five prompts, some alike, in three rows; two are cancelled while they are computed."""
+    prompts = [(7,) * 30, (7,) * 25 + (1,), (8, 9) * 10, (7,) * 22, (5, 6)]
+    requests = [Request(p, 5, sampling=Sampling(1.0), seed=i) for i, p in enumerate(prompts)]
+    decoder = Decoder(FakeModel(config()), ByteTokenizer(), 3, chunk=4)
+    ids = [decoder.submit(request) for request in requests[:4]]
+    found = {id: Served() for id in ids}
+    for step in itertools.count():
+        if step == 3:
+            assert (decoder.running, decoder.waiting) == (3, 1)
+            decoder.cancel(ids[0])
+            decoder.cancel(ids[2])
+            assert (decoder.running, decoder.waiting) == (1, 1)
+            ids.append(decoder.submit(requests[4]))
+            found[ids[-1]] = Served()
+        if decoder.idle:
+            break
+        for progress in decoder.step():
+            found[progress.id].add(progress)
+    ends = [found[id].finish for id in ids]
+    assert ends == ["cancelled", "length", "cancelled", "length", "length"]
+    assert found[ids[0]].tokens == found[ids[2]].tokens == []
+    for i in (1, 3, 4):
+        [alone] = serve(Decoder(FakeModel(config()), ByteTokenizer(), 1, chunk=4), [requests[i]])
+        assert found[ids[i]] == alone
 
 
 def test_requests_wait_for_a_row_and_the_counts_tell():
@@ -227,6 +275,18 @@ def test_maximum_and_minimum_of_tokens(logits):
     assert run(minimum_tokens=2, stop=(chr(11),)).text == (chr(10) if ends else plain.text)
     # Later than the third token there is no stop string any more.
     assert run(minimum_tokens=4, stop=(chr(11),)).text.startswith(chr(10) + chr(11)) == ends
+
+
+def test_other_tokens_end_an_answer_too_and_what_was_held_back_is_told():
+    def run(**values) -> Served:
+        decoder = Decoder(FakeModel(config(), script(2, [10, 11, 12, 13, EOD])), ByteTokenizer(), 1)
+        request = Request((1, 2), 9, stop=(chr(11) + "x",), ends=(12,), **values)
+        [served] = serve(decoder, [request])
+        return served
+
+    ended = run()
+    assert (ended.tokens, ended.text, ended.finish) == ([10, 11, 12], chr(10) + chr(11), "stop")
+    assert 12 not in run(ignore_eod=True).tokens and 12 not in run(minimum_tokens=4).tokens[:4]
 
 
 def test_an_answer_ends_where_nothing_more_fits():
@@ -335,10 +395,11 @@ def test_adapters_have_passes_of_their_own_and_share_no_prompts():
     serve(decoder, [Request((1, 2, 3, 4, 5), 2, adapter=name) for name in names])
     assert passes == [
         ("a", (1, 4)),
-        ("a", (1, 1)), (None, (1, 4)),
-        (None, (1, 1)), ("b", (1, 4)), ("a", (1, 1)),
-        ("b", (1, 1)), ("a", (1, 1)), (None, (1, 1)),  # the second "a" has the first one's chunk
-        ("a", (1, 1)), ("b", (1, 1)),
+        (None, (1, 4)),
+        ("b", (1, 4)),
+        # First tokens, of the second "a" before the first's: it has taken over the chunk.
+        ("a", (1, 1)), ("a", (1, 1)), (None, (1, 1)), ("b", (1, 1)),
+        ("a", (2, 1)), (None, (1, 1)), ("b", (1, 1)),
     ]  # fmt: skip
     with pytest.raises(RequestError, match="no adapter 'c'"):
         decoder.submit(Request((1,), 2, adapter="c"))

@@ -30,6 +30,7 @@ from neox.inference.sampling import Sampling
         ({"sampling": Sampling(top_p=math.nan)}, "top_p is nan"),
         ({"sampling": Sampling(repetition_penalty=0.0)}, "repetition_penalty is 0.0.*0.01 to 100"),
         ({"sampling": Sampling(repetition_penalty=math.nan)}, "repetition_penalty is nan"),
+        ({"ends": (100,)}, "the token 100 is to end the answer, but tokens are 0 to 99"),
         ({"stop": ("a", "")}, "a stop string is empty"),
         ({"logprobs": -1}, "logprobs is -1"),
         ({"logprobs": 101}, "logprobs is 101: set 0 to 100"),

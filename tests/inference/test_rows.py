@@ -69,6 +69,23 @@ def test_what_runs_is_copied_from_and_never_taken():
     assert (third.index, there, rows.any_free) == (2, 0, False)
 
 
+def test_a_row_gets_what_another_has_come_to_hold_and_no_more():
+    rows = Prompts(3)
+    first, second = [rows.take([1, 2, 3, 4, 5, n], None) for n in (6, 7)]
+    rows.extend(second, [1, 2, 3, 4, 5, 7])
+    assert (second.length, second.known) == (0, [])
+    for start in (0, 2):
+        rows.memory.keys_LRKTD[0, first.index, 0, start : start + 2, 0] = torch.tensor(
+            [start + 1.0, start + 2.0]
+        )
+        rows.add(first, [start + 1, start + 2])
+        rows.extend(second, [1, 2, 3, 4, 5, 7])
+        assert second.length == first.length == start + 2
+    assert rows.memory.keys_LRKTD[0, second.index, 0, :4, 0].tolist() == [1, 2, 3, 4]
+    rows.give_up(first)  # cancelled
+    assert rows.hold([1, 2, 3, 4, 9])[1] == 4
+
+
 def test_rows_without_anything_to_share_go_first_then_the_oldest():
     rows = Prompts(3)
     assert [rows.serve([i])[0] for i in range(3)] == [0, 0, 0]

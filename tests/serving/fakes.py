@@ -97,7 +97,7 @@ class FakeDecoder:
         text = chr(token)
         finish: Any = None
         enough = len(row.given) > request.minimum_tokens
-        if enough and text in (*request.stop, self.end):
+        if enough and (text in (*request.stop, self.end) or token in request.ends):
             text, finish = "", "stop"
         elif len(row.given) == request.maximum_tokens:
             finish = "length"
@@ -173,6 +173,7 @@ def serving(
 
 def _decode(engine: Engine, replica: Replica) -> None:
     with contextlib.suppress(ArithmeticError):  # what tests make decoders raise
+        engine.open(replica.decoder)
         engine.run(replica)
 
 

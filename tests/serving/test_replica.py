@@ -71,6 +71,7 @@ def serve(rank: int, tp: int, pp: int) -> tuple[list[Request], list[int], list[s
     thread = threading.Thread(target=lambda: asyncio.run(client()))
     thread.start()
     ready.wait()
+    engine.open(decoder)
     engine.run(replica)
     thread.join()
     return decoder.submitted, decoder.cancelled, texts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Coroutine
 from pathlib import Path
 
 import httpx
@@ -29,6 +30,22 @@ def test_a_port_that_is_taken_is_an_error_before_anything_is_loaded() -> None:
         tokenizer = load_tokenizer("CharLevelTokenizer")
         with pytest.raises(ConfigError, match=f"serve_port {port}.*Address already in use"):
             run.serve(settings, ProcessGroups.single(), tokenizer, load)  # type: ignore[arg-type]
+
+
+def test_a_server_that_cannot_begin_says_why_before_anything_is_loaded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def no_loop(main: Coroutine[None, None, None]) -> None:
+        main.close()
+        raise OSError("too many open files")
+
+    def load() -> None:
+        raise AssertionError("loaded")
+
+    monkeypatch.setattr("neox.serving.server.asyncio.run", no_loop)
+    settings = config(serve_port=0)
+    with pytest.raises(OSError, match="too many open files"):
+        run.serve(settings, ProcessGroups.single(), load_tokenizer("CharLevelTokenizer"), load)  # type: ignore[arg-type]
 
 
 def test_an_address_that_is_nobody_s() -> None:
@@ -76,7 +93,7 @@ def test_the_startup_lines_can_be_pasted_and_hold_no_key(
     run._announce("http://127.0.0.1:8000", service, True)
     first, command = capsys.readouterr().out.splitlines()
     assert first == "serving model at http://127.0.0.1:8000"
-    assert '-H "Authorization: Bearer $NEOX_API_KEYS"' in command
+    assert "-H 'Authorization: Bearer KEY'" in command
 
 
 def test_names_and_limits(tmp_path: Path) -> None:
