@@ -60,7 +60,7 @@ def _choose(answers: Sequence[Answer], logits_BV: Tensor, tokenizer: Tokenizer) 
         if not finite[i]:
             tokens.append(None)
             continue
-        allowed = answer.may_end or likeliest[i] != tokenizer.eod
+        allowed = answer.may_end or likeliest[i] not in answer.ends
         if sampling.is_greedy and sampling.repetition_penalty == 1 and allowed:
             tokens.append(likeliest[i])
             continue
