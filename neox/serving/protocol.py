@@ -17,6 +17,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from neox.serving.errors import error_body
 
+_YOUNG_S = 1.0
 _BODY = json.dumps(error_body("the request did not come in time", "timeout")).encode()
 _TOO_SLOW = (
     b"HTTP/1.1 408 Request Timeout\r\ncontent-type: application/json\r\nconnection: close\r\n"
@@ -29,7 +30,8 @@ class PatientProtocol(H11Protocol):
 
     seconds: float
     most_idle: int
-    idle: dict[PatientProtocol, None]  # without a request that is being answered, the oldest first
+    # Without a request that is being answered, and since when; the oldest first.
+    idle: dict[PatientProtocol, float]
 
     def __init__(self, *arguments: Any, **keywords: Any) -> None:
         super().__init__(*arguments, **keywords)
@@ -40,10 +42,7 @@ class PatientProtocol(H11Protocol):
         super().connection_made(transport)
         self._watch_reading()
         if len(self.idle) > self.most_idle:
-            others = (connection for connection in self.idle if connection is not self)
-            least = min(others, key=PatientProtocol._worth)  # the oldest of those worth the least
-            del self.idle[least]  # its connection_lost comes later
-            least.transport.abort()
+            self._make_room()
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
@@ -76,7 +75,7 @@ class PatientProtocol(H11Protocol):
         """
         theirs = self.conn.their_state
         if theirs is h11.IDLE or self._is_refused():
-            self.idle.setdefault(self)
+            self.idle.setdefault(self, self.loop.time())
         else:
             self.idle.pop(self, None)
         is_partial = theirs is h11.SEND_BODY or (
@@ -87,6 +86,20 @@ class PatientProtocol(H11Protocol):
             self._reading = None
         elif is_partial and self._reading is None:
             self._reading = self.loop.call_later(self.seconds, self._too_slow)
+
+    def _make_room(self) -> None:
+        """Close the oldest of the connections that are worth the least.
+
+        Not one that has just been made, up to twice as many as there may be: the requests of many
+        clients that come at once are on their way, and get answers, if only that there are too
+        many.
+        """
+        others = (connection for connection in self.idle if connection is not self)
+        least = min(others, key=PatientProtocol._worth)
+        is_young = self.loop.time() - self.idle[least] < _YOUNG_S
+        if len(self.idle) > 2 * self.most_idle or not is_young:
+            del self.idle[least]  # its connection_lost comes later
+            least.transport.abort()
 
     def _is_refused(self) -> bool:
         """Whether the request has its answer and is not whole yet: it was too much, say."""
