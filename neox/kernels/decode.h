@@ -45,9 +45,7 @@ inline void norm(const Operation& op, int64_t row) {
     const int64_t H = op.width;
     const float* x = op.in + row * H;
     float* y = op.out + row * H;
-    auto part = [&](const float* from, int64_t k) {
-        return k + LANES <= H ? load<floats>(from + k) : load_part(from + k, H - k);
-    };
+    auto part = [&](const float* from, int64_t k) { return load_part(from + k, H - k); };
     float mean = 0.0f, scale;
     if (op.kind == LAYER_NORM) {
         floats sum{};
@@ -66,10 +64,7 @@ inline void norm(const Operation& op, int64_t row) {
     for (int64_t k = 0; k < H; k += LANES) {
         floats value = (part(x, k) - mean) * scale * part(op.weight, k);
         if (op.bias) value += part(op.bias, k);
-        if (k + LANES <= H)
-            store(y + k, value);
-        else
-            std::memcpy(y + k, &value, (H - k) * sizeof(float));
+        store_part(y + k, value, H - k);
     }
 }
 
@@ -107,6 +102,13 @@ struct Queries {
     int64_t first;  // the position of the first one
 };
 
+// A query that is alone waits for memory: so many positions that it comes to are on their way.
+constexpr int64_t AHEAD = 16;
+
+inline void fetch(const float* from, int64_t n) {
+    for (int64_t i = 0; i < n; i += BLOCK) __builtin_prefetch(from + i);
+}
+
 // scores[i][t - begin] = q[i] K[t] / sqrt(D) of what query i sees of [begin, end), LANES of t at a time;
 // -infinity for the rest. Returns each query's largest score.
 template <int Q>
@@ -117,18 +119,17 @@ inline void scores_of(const Operation& op, const Queries& queries, const float* 
     floats highest[Q];
     for (int i = 0; i < Q; i++) highest[i] = broadcast(-INFINITY);
     for (int64_t t = begin; t < end; t += LANES) {
+        if (Q == 1) fetch(keys + (t + AHEAD) * D, LANES * D);
         floats sums[Q][LANES];
         for (int j = 0; j < LANES; j += 4) {
             floats sum[Q][4] = {};
             const float* key[4];
             for (int c = 0; c < 4; c++) key[c] = keys + (t + j + c < end ? t + j + c : end - 1) * D;
             for (int64_t d = 0; d < D; d += LANES) {
-                const bool whole = d + LANES <= D;
                 floats part[4];
-                for (int c = 0; c < 4; c++) part[c] = whole ? load<floats>(key[c] + d) : load_part(key[c] + d, D - d);
+                for (int c = 0; c < 4; c++) part[c] = load_part(key[c] + d, D - d);
                 for (int i = 0; i < Q; i++) {
-                    const float* q = queries.q[i] + d;
-                    const floats value = whole ? load<floats>(q) : load_part(q, D - d);
+                    const floats value = load_part(queries.q[i] + d, D - d);
                     for (int c = 0; c < 4; c++) sum[i][c] = multiply_add(value, part[c], sum[i][c]);
                 }
             }
@@ -146,6 +147,25 @@ inline void scores_of(const Operation& op, const Queries& queries, const float* 
         }
     }
     for (int i = 0; i < Q; i++) most[i] = largest(highest[i]);
+}
+
+// out[i] [d, d + V * LANES) = the values' sum with weights scores[i], times inverse[i].
+template <int Q, int V>
+inline void weigh(const Operation& op, const Queries& queries, const float* values, int64_t count, float* const* scores,
+                  const float* inverse, int64_t d) {
+    const int64_t D = op.head_dim;
+    floats sum[Q][V] = {};
+    for (int64_t t = 0; t < count; t++) {
+        const float* value = values + t * D + d;
+        floats part[V];
+        for (int v = 0; v < V; v++) part[v] = load_part(value + v * LANES, D - d - v * LANES);
+        if (Q == 1) fetch(value + AHEAD * D, V * LANES);
+        for (int i = 0; i < Q; i++)
+            for (int v = 0; v < V; v++) sum[i][v] = multiply_add(broadcast(scores[i][t]), part[v], sum[i][v]);
+    }
+    for (int i = 0; i < Q; i++)
+        for (int v = 0; v < V; v++)
+            store_part(queries.out[i] + d + v * LANES, sum[i][v] * inverse[i], D - d - v * LANES);
 }
 
 // softmax(q K^T / sqrt(D)) V of Q queries. What a query comes to does not depend on the others: what it
@@ -169,25 +189,10 @@ inline void attend(const Operation& op, const Queries& queries, const float* key
         }
         inverse[i] = 1.0f / total(sum);
     }
-    for (int64_t d = 0; d < D; d += 4 * LANES) {  // four vectors at a time, while the values pass by
-        floats sum[Q][4] = {};
-        const int64_t width = D - d < 4 * LANES ? D - d : 4 * LANES;
-        for (int64_t t = 0; t < count; t++) {
-            const float* value = values + (begin + t) * D + d;
-            floats part[4] = {};
-            if (width == 4 * LANES) {
-                for (int v = 0; v < 4; v++) part[v] = load<floats>(value + v * LANES);
-            } else {
-                std::memcpy(part, value, width * sizeof(float));
-            }
-            for (int i = 0; i < Q; i++)
-                for (int v = 0; v < 4; v++) sum[i][v] = multiply_add(broadcast(scores[i][t]), part[v], sum[i][v]);
-        }
-        for (int i = 0; i < Q; i++) {
-            for (int v = 0; v < 4; v++) sum[i][v] *= inverse[i];
-            std::memcpy(queries.out[i] + d, sum[i], width * sizeof(float));
-        }
-    }
+    values += begin * D;
+    int64_t d = 0;
+    for (; d + 4 * LANES <= D; d += 4 * LANES) weigh<Q, 4>(op, queries, values, count, scores, inverse, d);
+    for (; d < D; d += LANES) weigh<Q, 1>(op, queries, values, count, scores, inverse, d);
 }
 
 // This thread's part of attention: blocks of up to four rows of the pass that are neighbours in a row
@@ -222,7 +227,7 @@ inline void attend_all(const Operation& op, const Positions& pass, std::vector<f
 // GATE: up * function(gate), of a row [up | gate]; ADD: in + second.
 inline void elementwise(const Operation& op, int64_t first, int64_t last) {
     for (int64_t i = first; i < last; i += LANES) {
-        const int64_t n = last - i < LANES ? last - i : LANES;
+        const int64_t n = last - i;
         floats value;
         if (op.kind == ADD) {
             value = load_part(op.in + i, n) + load_part(op.second + i, n);
@@ -230,7 +235,7 @@ inline void elementwise(const Operation& op, int64_t first, int64_t last) {
             const float* up = op.in + i / op.width * 2 * op.width + i % op.width;
             value = load_part(up, n) * apply(Function(op.function), load_part(up + op.width, n));
         }
-        std::memcpy(op.out + i, &value, n * sizeof(float));
+        store_part(op.out + i, value, n);
     }
 }
 
@@ -239,24 +244,18 @@ inline void multiply(const Matrix& w, const float* x, int64_t M, const Output& t
                      int threads, Barrier barrier) {
     if (w.bits == 32) {
         float* panels = quantized.panels.data();
-        for_panels(M, 0, [&](auto size, int64_t row) {
+        for_tiles(M, 0, [&](int64_t row, auto size) {
             fill_panel<decltype(size)::value>(x + row * w.width, w.width, panels + row * w.width, thread, threads);
         });
         barrier();
         return multiply_floats(w, panels, M, to, thread, threads);
     }
-    const Share groups(M * w.K / (w.bits == 8 ? Format<8>::group : Format<4>::group), 1, thread, threads);
-    for (int64_t i = groups.first; i < groups.last; i++) {
-        if (w.bits == 8)
-            quantize_group<8>(x, w.width, w.K, i, quantized);
-        else
-            quantize_group<4>(x, w.width, w.K, i, quantized);
-    }
-    barrier();
-    if (w.bits == 8)
-        multiply_packed<8>(w, quantized, M, to, thread, threads);
-    else
-        multiply_packed<4>(w, quantized, M, to, thread, threads);
+    with_format(w.bits, [&](auto bits) {
+        const Share groups(M * w.K / Format<bits>::group, 1, thread, threads);
+        for (int64_t i = groups.first; i < groups.last; i++) quantize_group<bits>(x, w.width, w.K, i, quantized);
+        barrier();
+        multiply_packed<bits>(w, quantized, M, to, thread, threads);
+    });
 }
 
 // This thread's part of an operation.

@@ -8,8 +8,10 @@ using namespace neox;
 namespace {
 
 void reserve(Activations& to, const Matrix& w, int64_t M) {
-    if (w.bits != 32) return to.reserve(M, w.K, w.bits == 8 ? Format<8>::group : Format<4>::group);
-    if (to.panels.size() < size_t(M * w.width)) to.panels.resize(M * w.width);
+    if (w.bits != 32)
+        with_format(w.bits, [&](auto bits) { to.reserve(M, w.K, Format<bits>::group); });
+    else if (to.panels.size() < size_t(M * w.width))
+        to.panels.resize(M * w.width);
 }
 
 void wait() {
@@ -44,17 +46,15 @@ void neox_multiply(const Matrix* w, const float* x, float* y, int64_t M, int64_t
 // Packs w [N][width] into codes and scales of `bits` bits.
 void neox_pack(int64_t bits, const float* w, int64_t N, int64_t width, int64_t K, uint8_t* codes, uint16_t* scales,
                int64_t threads) {
-    const int64_t group = bits == 8 ? Format<8>::group : Format<4>::group;
+    with_format(bits, [&](auto constant) {
+        constexpr int BITS = decltype(constant)::value;
 #pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t block = 0; block < (N + BLOCK - 1) / BLOCK; block++) {
-        const float* rows = w + block * BLOCK * width;
-        const int64_t count = N - block * BLOCK < BLOCK ? N - block * BLOCK : BLOCK;
-        uint16_t* to = scales + block * (K / group) * BLOCK;
-        if (bits == 8)
-            pack_block<8>(rows, count, width, K, codes + block * Format<8>::block_bytes(K), to);
-        else
-            pack_block<4>(rows, count, width, K, codes + block * Format<4>::block_bytes(K), to);
-    }
+        for (int64_t block = 0; block < (N + BLOCK - 1) / BLOCK; block++) {
+            const int64_t count = N - block * BLOCK < BLOCK ? N - block * BLOCK : BLOCK;
+            pack_block<BITS>(w + block * BLOCK * width, count, width, K, codes + block * Format<BITS>::block_bytes(K),
+                             scales + block * (K / Format<BITS>::group) * BLOCK);
+        }
+    });
 }
 
 // Carries out `count` operations one after the other for some positions of rows of a cache.

@@ -1,7 +1,7 @@
 // Products of activations with a packed weight (quantize.h).
 #pragma once
 
-#include <type_traits>
+#include <algorithm>
 
 #include "quantize.h"
 
@@ -35,15 +35,9 @@ struct Output {
 
     // Columns [n, n + LANES) of a row, of which some may be beyond the last.
     void put(int64_t row, int64_t n, floats value) const {
-        const int64_t count = N - n < LANES ? N - n : LANES;
-        if (count <= 0) return;
-        float* to = y + row * N + n;
-        if (bias) value += count == LANES ? load<floats>(bias + n) : load_part(bias + n, count);
-        value = apply(function, value);
-        if (count == LANES)
-            store(to, value);
-        else
-            std::memcpy(to, &value, count * sizeof(float));
+        if (n >= N) return;
+        if (bias) value += load_part(bias + n, N - n);
+        store_part(y + row * N + n, apply(function, value), N - n);
     }
 };
 
@@ -90,9 +84,32 @@ inline int32_t correction(int32_t sum) {
 // What fits the registers: AVX-512 has 32, the others 16.
 constexpr bool MANY = LANES == 16;
 
+// What a tile brings into the caches at every k, of blocks that lie `stride` bytes apart. Where tiles of
+// rows come one after the other, only the first would wait for memory, and then the others not use it:
+// so each brings blocks [first, last) of the next weights, which lie so many bytes ahead.
+struct FetchNext {
+    int64_t ahead, first, last;
+    void operator()(const void* from, int64_t stride) const {
+        for (int64_t b = first; b < last; b++) __builtin_prefetch((const char*)from + b * stride + ahead);
+    }
+};
+
+// One tile of few bits, which is fast: what it will come to itself.
+template <int BLOCKS>
+struct FetchOwn {
+    void operator()(const void* from, int64_t stride) const {
+        for (int b = 0; b < BLOCKS; b++) __builtin_prefetch((const char*)from + b * stride + 2048);
+    }
+};
+
+// One tile of 32 bits is best left to the machine's own foresight.
+struct FetchNothing {
+    void operator()(const void*, int64_t) const {}
+};
+
 // ROWS rows of activations times BLOCKS blocks of columns.
-template <int BITS, int ROWS, int BLOCKS>
-inline void packed_tile(const Matrix& w, int64_t block, const Activations& x, int64_t row, const Output& to) {
+template <int BITS, int ROWS, int BLOCKS, class Fetch>
+inline void packed_tile(const Matrix& w, int64_t block, const Activations& x, int64_t row, Fetch fetch, const Output& to) {
     constexpr int group = Format<BITS>::group, V = BLOCKS * PARTS;
     constexpr int per_load = STEP * 8 / BITS;  // values of k in a lane
     const int64_t K = w.K, groups = K / group, stride = Format<BITS>::block_bytes(K);
@@ -106,11 +123,8 @@ inline void packed_tile(const Matrix& w, int64_t block, const Activations& x, in
             for (int v = 0; v < V; v++) sum[r][v] = broadcast(correction<BITS>(x.sums[(row + r) * groups + g]));
         for (int k = 0; k < group; k += per_load, codes += BLOCK * STEP) {
             bytes part[V];
-            for (int v = 0; v < V; v++) {
-                const uint8_t* at = codes + v / PARTS * stride + v % PARTS * LANES * STEP;
-                if (v % PARTS == 0) __builtin_prefetch(at + 2048);
-                part[v] = load<bytes>(at);
-            }
+            for (int v = 0; v < V; v++) part[v] = load<bytes>(codes + v / PARTS * stride + v % PARTS * LANES * STEP);
+            fetch(codes, stride);
             for (int r = 0; r < ROWS; r++) {
                 const int8_t* at = values + r * K + g * group + k;
                 const int32_t four = load<int32_t>(at);
@@ -137,13 +151,25 @@ inline void packed_tile(const Matrix& w, int64_t block, const Activations& x, in
         for (int v = 0; v < V; v++) to.put(row + r, block * BLOCK + v * LANES, total[r][v]);
 }
 
+constexpr int MOST_ROWS = MANY ? 8 : 4;  // of a tile
+
+// Calls f(row, std::integral_constant<int, R>) for each tile of M rows; R is 8, 4, 2 or 1.
+template <int R = MOST_ROWS, class F>
+inline void for_tiles(int64_t M, int64_t row, F f) {
+    for (; row + R <= M; row += R) f(row, std::integral_constant<int, R>());
+    if constexpr (R > 1) for_tiles<R / 2>(M, row, f);
+}
+
 template <int BITS, int BLOCKS>
 inline void packed_rows(const Matrix& w, int64_t block, const Activations& x, int64_t M, const Output& to) {
-    constexpr int most = MANY ? 8 : 4;
-    int64_t row = 0;
-    for (; row + most <= M; row += most) packed_tile<BITS, most, BLOCKS>(w, block, x, row, to);
-    for (; row + 2 <= M; row += 2) packed_tile<BITS, 2, BLOCKS>(w, block, x, row, to);
-    for (; row < M; row++) packed_tile<BITS, 1, BLOCKS>(w, block, x, row, to);
+    const int64_t next = BLOCKS * Format<BITS>::block_bytes(w.K);
+    for_tiles(M, 0, [&](int64_t row, auto size) {
+        constexpr int R = decltype(size)::value;
+        if (M <= MOST_ROWS)
+            packed_tile<BITS, R, BLOCKS>(w, block, x, row, FetchOwn<BLOCKS>(), to);
+        else
+            packed_tile<BITS, R, BLOCKS>(w, block, x, row, FetchNext{next, row * BLOCKS / M, (row + R) * BLOCKS / M}, to);
+    });
 }
 
 // This thread's columns of the product of quantized activations.
@@ -157,16 +183,7 @@ inline void multiply_packed(const Matrix& w, const Activations& x, int64_t M, co
     for (; block < blocks.last; block++) packed_rows<BITS, 1>(w, block, x, M, to);
 }
 
-// Rows of float32 are taken in panels of 8, 4, 2 or 1; a panel of R rows is [K][R].
-constexpr int MOST_ROWS = MANY ? 8 : 4;
-
-// Calls f(std::integral_constant<int, R>, row) for each panel of M rows.
-template <int R = MOST_ROWS, class F>
-inline void for_panels(int64_t M, int64_t row, F f) {
-    for (; row + R <= M; row += R) f(std::integral_constant<int, R>(), row);
-    if constexpr (R > 1) for_panels<R / 2>(M, row, f);
-}
-
+// Rows of float32 are taken in panels, one for a tile: of R rows it is [K][R].
 template <int R>
 inline void fill_panel(const float* x, int64_t K, float* panel, int thread, int threads) {
     const Share part(K, 64, thread, threads);
@@ -177,52 +194,60 @@ inline void fill_panel(const float* x, int64_t K, float* panel, int thread, int 
 constexpr int SIDE = 4;             // blocks that meet a panel while it is in the cache
 constexpr int WIDTH = SIDE * PARTS;  // their vectors
 
-// Adds to `totals` [R][WIDTH] the products of a panel of R rows with BLOCKS blocks of columns, over k in
-// [first, last). Sums of 256 products at a time keep the error of long rows small.
-template <int R, int BLOCKS>
-inline void float_tile(const float* weight, int64_t K, const float* panel, int64_t first, int64_t last,
-                       floats* totals) {
-    constexpr int64_t piece = 256;
+// Adds to `totals` [R][WIDTH] the products of `depth` of k of a panel of R rows with BLOCKS blocks of
+// columns.
+template <int R, int BLOCKS, class Fetch>
+inline void float_tile(const float* weight, int64_t K, const float* panel, int64_t depth, Fetch fetch, floats* totals) {
     constexpr int V = BLOCKS * PARTS;
-    for (int64_t start = first; start < last; start += piece) {
-        const int64_t stop = start + piece < last ? start + piece : last;
-        floats sum[R][V] = {};
-        for (int64_t k = start; k < stop; k++) {
-            floats part[V];
-            for (int v = 0; v < V; v++)
-                part[v] = load<floats>(weight + (v / PARTS * K + k) * BLOCK + v % PARTS * LANES);
-            for (int r = 0; r < R; r++) {
-                const floats value = broadcast(panel[k * R + r]);
-                for (int v = 0; v < V; v++) sum[r][v] = multiply_add(value, part[v], sum[r][v]);
-            }
+    floats sum[R][V] = {};
+    for (int64_t k = 0; k < depth; k++) {
+        floats part[V];
+        for (int v = 0; v < V; v++)
+            part[v] = load<floats>(weight + (v / PARTS * K + k) * BLOCK + v % PARTS * LANES);
+        fetch(weight + k * BLOCK, K * BLOCK * sizeof(float));
+        for (int r = 0; r < R; r++) {
+            const floats value = broadcast(panel[k * R + r]);
+            for (int v = 0; v < V; v++) sum[r][v] = multiply_add(value, part[v], sum[r][v]);
         }
-        for (int r = 0; r < R; r++)
-            for (int v = 0; v < V; v++) totals[r * WIDTH + v] += sum[r][v];
     }
+    for (int r = 0; r < R; r++)
+        for (int v = 0; v < V; v++) totals[r * WIDTH + v] += sum[r][v];
 }
 
 // This thread's columns of the product of M rows in panels.
 inline void multiply_floats(const Matrix& w, const float* panels, int64_t M, const Output& to, int thread, int threads) {
-    // Of K at a time, so that what all panels meet, 256 KB of weights, stays in the L2 cache.
-    constexpr int64_t deep = 1024;
+    // Of K at a time: the 64 KB of weights that all panels meet stay in the L2 cache, and sums of so
+    // few products keep the error of long rows small.
+    constexpr int64_t deep = 256;
     static thread_local std::vector<floats> totals;
     if (int64_t(totals.size()) < M * WIDTH) totals.resize(M * WIDTH);
     const int64_t K = w.width;
     const Share blocks((w.N + BLOCK - 1) / BLOCK, SIDE, thread, threads);
     for (int64_t block = blocks.first; block < blocks.last; block += SIDE) {
         const int64_t count = blocks.last - block < SIDE ? blocks.last - block : SIDE;
-        const float* weight = (const float*)w.codes + block * K * BLOCK;
+        const float* blocks_k = (const float*)w.codes + block * K * BLOCK;
         std::memset((void*)totals.data(), 0, M * WIDTH * sizeof(floats));
-        for (int64_t first = 0; first < K; first += deep) {
-            const int64_t last = first + deep < K ? first + deep : K;
-            for_panels(M, 0, [&](auto size, int64_t row) {
+        for (int64_t k = 0; k < K; k += deep, blocks_k += deep * BLOCK) {
+            const int64_t depth = K - k < deep ? K - k : deep;
+            const bool last = k + deep >= K;
+            const int64_t ahead = (last ? SIDE * K - k : deep) * BLOCK * sizeof(float);
+            for_tiles(M, 0, [&](int64_t row, auto size) {
                 constexpr int R = decltype(size)::value, together = MANY ? 4 : R == 1 ? 2 : 1;
+                const float* panel = panels + row * K + k * R;
                 floats* to_panel = totals.data() + row * WIDTH;
+                auto tile = [&](int64_t b, auto blocks, auto fetch) {
+                    float_tile<R, decltype(blocks)::value>(blocks_k + b * K * BLOCK, K, panel, depth, fetch, to_panel + b * PARTS);
+                };
+                const int64_t first = row * SIDE / M, end = (row + R) * SIDE / M;
                 int64_t b = 0;
-                for (; b + together <= count; b += together)
-                    float_tile<R, together>(weight + b * K * BLOCK, K, panels + row * K, first, last, to_panel + b * PARTS);
-                for (; b < count; b++)
-                    float_tile<R, 1>(weight + b * K * BLOCK, K, panels + row * K, first, last, to_panel + b * PARTS);
+                for (; b + together <= count; b += together) {
+                    const std::integral_constant<int, together> blocks;
+                    if (M <= MOST_ROWS)
+                        tile(b, blocks, FetchNothing());
+                    else
+                        tile(b, blocks, FetchNext{ahead, std::max<int64_t>(first - b, 0), std::min<int64_t>(end - b, together)});
+                }
+                for (; b < count; b++) tile(b, std::integral_constant<int, 1>(), FetchNothing());
             });
         }
         for (int64_t row = 0; row < M; row++)

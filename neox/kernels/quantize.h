@@ -11,6 +11,7 @@
 // [N/16][K][16 n], float32.
 #pragma once
 
+#include <type_traits>
 #include <vector>
 
 #include "vector.h"
@@ -27,6 +28,15 @@ struct Format {
     static constexpr int zero = BITS == 8 ? 128 : 8;  // the code of the value 0
     static int64_t block_bytes(int64_t K) { return K * BLOCK * BITS / 8; }
 };
+
+// Calls f with the number of bits, 8 or 4, as a constant.
+template <class F>
+inline void with_format(int64_t bits, F f) {
+    if (bits == 8)
+        f(std::integral_constant<int, 8>());
+    else
+        f(std::integral_constant<int, 4>());
+}
 
 constexpr float NOTHING = 1e-30f;  // magnitudes below it count as 0: their steps have no inverse
 

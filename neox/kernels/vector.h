@@ -38,14 +38,23 @@ inline void store(void* to, T value) {
     std::memcpy(to, &value, sizeof value);
 }
 
-// The first n <= LANES values, and zeros.
+// The first n values, LANES at most, and zeros.
 inline floats load_part(const float* from, int64_t n) {
+    if (n >= LANES) return load<floats>(from);
     floats value{};
     std::memcpy(&value, from, n * sizeof(float));
     return value;
 }
 
-inline floats broadcast(float value) { return floats{} + value; }
+inline void store_part(float* to, floats value, int64_t n) {
+    if (n >= LANES)
+        store(to, value);
+    else
+        std::memcpy(to, &value, n * sizeof(float));
+}
+
+// Without an instruction: x - 0 is x, of every x, and x + 0 is not.
+inline floats broadcast(float value) { return value - floats{}; }
 inline ints broadcast(int32_t value) { return ints{} + value; }
 inline floats to_floats(ints value) { return __builtin_convertvector(value, floats); }
 inline ints to_ints(floats value) { return __builtin_convertvector(value, ints); }
