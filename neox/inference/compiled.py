@@ -9,6 +9,8 @@ company: of a prompt's chunk or of other rows.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,7 +20,7 @@ from neox.config import ModelConfig
 from neox.kernels import library as kernels
 from neox.kernels.library import Operation
 from neox.model.attention import Attention
-from neox.model.block import Branch, TransformerLayer
+from neox.model.block import TransformerLayer
 from neox.model.gpt import Embedding, FinalNorm, Head, LocalLayers
 from neox.model.mlp import MLP
 from neox.model.norms import LayerNorm, Norm
@@ -57,6 +59,34 @@ def _function(config: ModelConfig) -> str | None:
     return _FUNCTIONS.get(config.activation)
 
 
+@dataclass(frozen=True)
+class Program:
+    """Operations on fixed buffers: from `x` to `out`, [positions, width], float32."""
+
+    operations: Any  # a ctypes array of Operation
+    x: Tensor
+    out: Tensor
+    kept: list[Tensor]  # what the operations point to
+
+    def run(self, x_PH: Tensor, rows_P: Tensor, lengths_P: Tensor) -> Tensor:
+        """What they make of P positions, as many as `x` has at most; a view of `out`."""
+        assert rows_P.dtype == lengths_P.dtype == torch.int64
+        library = kernels.library()
+        assert library is not None
+        count = len(x_PH)
+        self.x[:count] = x_PH
+        rows, lengths = rows_P.contiguous(), lengths_P.contiguous()
+        library.neox_decode(
+            self.operations,
+            len(self.operations),
+            rows.data_ptr(),
+            lengths.data_ptr(),
+            count,
+            torch.get_num_threads(),
+        )
+        return self.out[:count]
+
+
 class CompiledPass:
     """The layers of a stage, for some new positions of rows of a cache."""
 
@@ -67,37 +97,27 @@ class CompiledPass:
 
         most: positions that are computed at a time; a pass may have more.
         """
-        self.config = config
-        self.most = most
+        self._most = most
         self._rows = keys.shape[1]
-        self._cache = zip(keys, values, strict=True)
-        self._angles: tuple[Tensor, Tensor] | None = None
-        self._operations: list[Operation] = []
-        self._kept: list[Any] = []  # what the operations point to
-        self._begin_list(most)
-        self._x = self._buffer(config.hidden_size)
-        for _, module in stage:
-            if isinstance(module, TransformerLayer):
-                self._place = 1
-                self._block(module)
-        self._body = (Operation * len(self._operations))(*self._operations)
-        self._begin_list(self._rows)
-        self._head = self._x
+        blocks = [module for _, module in stage if isinstance(module, TransformerLayer)]
+        function = _function(config)
+        assert function is not None
+        angles = _angles(blocks, keys)
+        body = _Writer(most)
+        x = body.buffer("x", config.hidden_size)
+        for block, *cache in zip(blocks, keys, values, strict=True):
+            body.block(block, x, (cache[0], cache[1]), angles, function)
+        self._body = body.program(x, x)
+        tail = _Writer(self._rows)
+        x = y = tail.buffer("x", config.hidden_size)
         for layer, module in stage:
             if isinstance(module, FinalNorm):
-                self._head = self._norm(module.norm, self._head)
+                y = tail.norm(module.norm, y)
             elif isinstance(module, Head):
-                self._head = self._multiply(module.final_linear, self._head)
+                y = tail.multiply("logits", module.final_linear, y)
             elif isinstance(module, Embedding) and layer.forward is not None:
-                self._head = self._multiply(module.word_embeddings, self._head)
-        self._tail = (Operation * len(self._operations))(*self._operations)
-
-    def _begin_list(self, positions: int) -> None:
-        """What follows is on buffers of as many positions, of which the list before has none."""
-        self._operations = []
-        self._positions, self._place = positions, 0
-        self._buffers: dict[tuple[int, int], Tensor] = {}
-        self._kept.append(self._buffers)
+                y = tail.multiply("logits", module.word_embeddings, y)
+        self._tail = tail.program(x, y)
 
     def __call__(
         self, x_PH: Tensor, rows_P: Tensor, lengths_P: Tensor, wanted: slice | None = None
@@ -109,146 +129,150 @@ class CompiledPass:
         whose logits are computed, as many as the cache has rows at most.
         """
         parts = []
-        for start in range(0, len(x_PH), self.most):
-            part = slice(start, start + self.most)
-            self._run(self._body, x_PH[part], rows_P[part], lengths_P[part])
-            parts.append(self._x[: len(x_PH[part])].clone())
+        for start in range(0, len(x_PH), self._most):
+            part = slice(start, start + self._most)
+            parts.append(self._body.run(x_PH[part], rows_P[part], lengths_P[part]).clone())
         y_PH = parts[0] if len(parts) == 1 else torch.cat(parts)
-        if not self._tail:
+        if len(self._tail.operations) == 0:
             return y_PH
         y_PH = y_PH if wanted is None else y_PH[wanted]
-        if len(y_PH) == 0:
-            return y_PH
         assert len(y_PH) <= self._rows, "the head's buffers are as long as the cache has rows"
-        self._run(self._tail, y_PH, rows_P, lengths_P)
-        return self._head[: len(y_PH)].clone()  # the next pass writes over it
+        # Copied, for the next pass writes over it. The head needs no places: it does not attend.
+        return self._tail.run(y_PH, rows_P, lengths_P).clone()
 
-    def _run(self, operations: Any, x_PH: Tensor, rows_P: Tensor, lengths_P: Tensor) -> None:
-        assert rows_P.dtype == lengths_P.dtype == torch.int64
-        library = kernels.library()
-        assert library is not None
-        self._x[: len(x_PH)] = x_PH
-        rows, lengths = rows_P.contiguous(), lengths_P.contiguous()
-        threads = torch.get_num_threads()
-        library.neox_decode(
-            operations, len(operations), rows.data_ptr(), lengths.data_ptr(), len(x_PH), threads
-        )
 
-    def _buffer(self, width: int) -> Tensor:
-        """Memory for an operation's output; that of the next layer uses it again."""
-        key = (self._place, width)
-        self._place += 1
-        if key not in self._buffers:
-            self._buffers[key] = torch.empty(self._positions, width)
-        return self._buffers[key]
+def _angles(blocks: Sequence[TransformerLayer], keys: Tensor) -> dict[str, Any]:
+    """The fields of a rotation: one table of cosines and sines for all layers."""
+    rotary = blocks[0].attention.rotary if blocks else None
+    if rotary is None:
+        return {}
+    max_length = keys.shape[3]
+    cos, sin = rotary.angles_at(torch.arange(max_length), max_length, keys)
+    fields = {"cos": cos, "sin": sin, "rotary_dim": rotary.dim}
+    return fields | {"interleaved": int(rotary.interleaved)}
 
-    def _add(self, kind: int, x: Tensor, out: Tensor, **fields: Any) -> Tensor:
-        """One more operation, from `x` to `out`; tensors among the fields become pointers."""
-        pointers = {
-            name: value.data_ptr() if isinstance(value, Tensor) else value
-            for name, value in fields.items()
-        }
-        self._kept.append(fields)
-        self._operations.append(
-            Operation(kind=kind, input=x.data_ptr(), output=out.data_ptr(), **pointers)
-        )
-        return out
 
-    def _block(self, block: TransformerLayer) -> None:
-        second_norm = block.post_attention_layernorm or block.input_layernorm
-        attention = Branch(block.input_layernorm, block.attention, block.attention.dense)
-        mlp = Branch(second_norm, block.mlp, block.mlp.linear2)
-        x = self._x
+class _Writer:
+    """Writes operations down, each on buffers that have names; blocks use the same ones."""
+
+    def __init__(self, positions: int) -> None:
+        self._positions = positions
+        self._operations: list[Operation] = []
+        self._kept: list[Tensor] = []
+        self._buffers: dict[str, Tensor] = {}
+
+    def program(self, x: Tensor, out: Tensor) -> Program:
+        operations = (Operation * len(self._operations))(*self._operations)
+        return Program(operations, x, out, [*self._kept, *self._buffers.values()])
+
+    def buffer(self, name: str, width: int) -> Tensor:
+        found = self._buffers.setdefault(name, torch.empty(self._positions, width))
+        assert found.shape[1] == width, (name, found.shape, width)
+        return found
+
+    def block(
+        self,
+        block: TransformerLayer,
+        x: Tensor,
+        cache: tuple[Tensor, Tensor],
+        angles: dict[str, Any],
+        function: str,
+    ) -> None:
+        """x becomes what the block makes of it."""
+        normed = self.norm(block.input_layernorm, x)
+        attention = self._attention(block.attention, normed, cache, angles)
+        if not block.parallel_residual:
+            self._sum(x, attention, x)
+        if block.post_attention_layernorm is not None:
+            normed = self.norm(block.post_attention_layernorm, x)
+        elif not block.parallel_residual:
+            normed = self.norm(block.input_layernorm, x)
+        mlp = self._mlp(block.mlp, normed, function)
         if block.parallel_residual:
-            both = [self._branch(branch, x) for branch in (attention, mlp)]
-            self._sum(both[0], both[1], both[0])
-            self._sum(x, both[0], x)
-        else:
-            for branch in (attention, mlp):
-                self._sum(x, self._branch(branch, x), x)
+            mlp = self._sum(attention, mlp, mlp)
+        self._sum(x, mlp, x)
 
-    def _branch(self, branch: Branch, x: Tensor) -> Tensor:
-        normed = self._norm(branch.norm, x)
-        if isinstance(branch.inner, Attention):
-            inner = self._attend(branch.inner, normed)
-        else:
-            inner = self._inner(branch.inner, normed)
-        return self._multiply(branch.row, inner)
-
-    def _sum(self, x: Tensor, y: Tensor, out: Tensor) -> None:
-        self._add(kernels.ADD, x, out, second=y, width=x.shape[1])
-
-    def _norm(self, norm: Norm, x: Tensor) -> Tensor:
-        out = self._buffer(x.shape[1])
+    def norm(self, norm: Norm, x: Tensor) -> Tensor:
+        width = x.shape[1]
+        out = self.buffer("normed", width)
+        fields: dict[str, Any] = {"width": width, "epsilon": norm.epsilon}
         if isinstance(norm, LayerNorm):
-            return self._add(
-                kernels.LAYER_NORM,
-                x,
-                out,
-                width=x.shape[1],
-                weight=norm.weight,
-                bias=norm.bias,
-                epsilon=norm.epsilon,
-            )
-        return self._add(
-            kernels.RMS_NORM, x, out, width=x.shape[1], weight=norm.scale, epsilon=norm.epsilon
-        )
+            fields |= {"weight": norm.weight, "bias": norm.bias}
+            return self._add(kernels.LAYER_NORM, x, out, **fields)
+        return self._add(kernels.RMS_NORM, x, out, weight=norm.scale, **fields)
 
-    def _multiply(self, owner: nn.Module, x: Tensor, function: str = "none") -> Tensor:
+    def multiply(self, name: str, owner: nn.Module, x: Tensor, function: str = "none") -> Tensor:
+        """`function` of the product with `owner`'s weight, into the buffer `name`."""
         weight, bias = weight_of(owner), bias_of(owner)
         assert isinstance(weight, Packed)
         matrix = weight.described(bias)
-        self._kept += [weight, bias]
+        self._kept += [t for t in (weight.codes, weight.scales, bias) if t is not None]
         return self._add(
             kernels.MULTIPLY,
             x,
-            self._buffer(matrix.N),
+            self.buffer(name, matrix.N),
             width=x.shape[1],
             matrix=matrix,
             function=kernels.FUNCTIONS[function],
         )
 
-    def _inner(self, mlp: MLP, x: Tensor) -> Tensor:
-        function = _function(self.config)
-        assert function is not None
-        if not mlp.gated:
-            return self._multiply(mlp.linear1, x, function)
-        both = self._multiply(mlp.linear1, x)
-        width = both.shape[1] // 2
-        out = self._buffer(width)
-        return self._add(kernels.GATE, both, out, width=width, function=kernels.FUNCTIONS[function])
+    def _add(self, kind: int, x: Tensor, out: Tensor, **fields: Any) -> Tensor:
+        """One more operation, from `x` to `out`; tensors among the fields become pointers."""
+        tensors = {name: value for name, value in fields.items() if isinstance(value, Tensor)}
+        self._kept += tensors.values()
+        fields |= {name: value.data_ptr() for name, value in tensors.items()}
+        self._operations.append(
+            Operation(kind=kind, input=x.data_ptr(), output=out.data_ptr(), **fields)
+        )
+        return out
 
-    def _attend(self, attention: Attention, x: Tensor) -> Tensor:
-        qkv = self._multiply(attention.query_key_value, x)
-        keys, values = next(self._cache)
+    def _sum(self, x: Tensor, y: Tensor, out: Tensor) -> Tensor:
+        return self._add(kernels.ADD, x, out, second=y, width=x.shape[1])
+
+    def _mlp(self, mlp: MLP, x: Tensor, function: str) -> Tensor:
+        if not mlp.gated:
+            inner = self.multiply("inner", mlp.linear1, x, function)
+            return self.multiply("mlp", mlp.linear2, inner)
+        both = self.multiply("up and gate", mlp.linear1, x)
+        width = both.shape[1] // 2
+        gated = self._add(
+            kernels.GATE,
+            both,
+            self.buffer("inner", width),
+            width=width,
+            function=kernels.FUNCTIONS[function],
+        )
+        return self.multiply("mlp", mlp.linear2, gated)
+
+    def _attention(
+        self,
+        attention: Attention,
+        x: Tensor,
+        cache: tuple[Tensor, Tensor],
+        angles: dict[str, Any],
+    ) -> Tensor:
+        qkv = self.multiply("qkv", attention.query_key_value, x)
+        keys, values = cache
         D, heads, kv_heads = attention.head_dim, attention.heads, attention.kv_heads
-        max_length = keys.shape[2]
         if kv_heads == heads:  # interleaved per head: see Attention
             strides = {"q_stride": 3 * D, "k_offset": D, "v_offset": 2 * D, "kv_stride": 3 * D}
         else:
             k_offset = heads * D
             v_offset = k_offset + kv_heads * D
             strides = {"q_stride": D, "k_offset": k_offset, "v_offset": v_offset, "kv_stride": D}
-        turn: dict[str, Any] = {}
-        if attention.rotary is not None:
-            if self._angles is None:  # one table for all layers
-                everywhere = torch.arange(max_length)
-                self._angles = attention.rotary.angles_at(everywhere, max_length, x)
-            turn = {"rotary_dim": attention.rotary.dim}
-            turn |= {"cos": self._angles[0], "sin": self._angles[1]}
-            turn["interleaved"] = int(attention.rotary.interleaved)
-        return self._add(
+        attended = self._add(
             kernels.ATTEND,
             qkv,
-            self._buffer(heads * D),
+            self.buffer("attended", heads * D),
             width=qkv.shape[1],
             heads=heads,
             kv_heads=kv_heads,
             head_dim=D,
             **strides,
             window=-1 if attention.window is None else attention.window,
-            **turn,
+            **angles,
             keys=keys,
             values=values,
-            max_length=max_length,
+            max_length=keys.shape[2],
         )
+        return self.multiply("attention", attention.dense, attended)
