@@ -14,6 +14,7 @@ from neox.config import NeoXConfig, from_dict
 from neox.config.architecture import architecture
 from neox.model.frozen import Frozen, Storage
 from neox.model.gpt import Layer, LocalLayers, build_layers, layers
+from neox.model.init import initialize
 from neox.model.packed import Packed, pack
 from neox.model.shard import shard
 from neox.parallel.groups import ProcessGroups
@@ -160,6 +161,20 @@ def write_model(directory: Path, iteration: int, seed: int = 0, **values: Any) -
         padded_vocab_size=VOCAB,
         architecture=architecture(config),
     )
+
+
+def write_new_model(directory: Path, vocabulary: int, **values: Any) -> None:
+    """global_step1 in `directory`: a model's layers as they begin, and nothing beside them."""
+    config, single = config_of(**values), ProcessGroups.single()
+    step = directory / "global_step1"
+    step.mkdir()
+    for layer in layers(config, vocabulary, torch.float32, single):
+        if layer.has_file:
+            module = layer.build()
+            initialize(module, layer, config, 1, single)
+            name = f"layer_{layer.index:02d}-model_00-model_states.pt"
+            torch.save(module.state_dict(), step / name)
+    (directory / "latest").write_text(step.name)
 
 
 def forward(stage: LocalLayers, tokens_BS: Tensor) -> Tensor:

@@ -6,13 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 
-from neox.model.gpt import layers
-from neox.model.init import initialize
-from neox.parallel.groups import ProcessGroups
 from tests import scripts, small_tokenizer
-from tests.models import BASE, config_of
+from tests.models import BASE, write_new_model
 from tests.world import World
 
 DEEPY = Path(__file__).parents[2] / "deepy.py"
@@ -32,16 +28,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     lines = [f"{key}: {json.dumps(value)}\n" for key, value in values.items()]
     (folder / "model.yml").write_text("".join(sorted(lines)))
     (folder / "prompts.txt").write_text(PROMPTS)
-    step = folder / "global_step1"
-    step.mkdir()
-    config, single = config_of(**VALUES), ProcessGroups.single()
-    for layer in layers(config, VOCABULARY, torch.float32, single):
-        if layer.has_file:
-            module = layer.build()
-            initialize(module, layer, config, 1, single)
-            name = f"layer_{layer.index:02d}-model_00-model_states.pt"
-            torch.save(module.state_dict(), step / name)
-    (folder / "latest").write_text(step.name)
+    write_new_model(folder, VOCABULARY, **VALUES)
     return folder
 
 

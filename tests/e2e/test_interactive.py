@@ -11,13 +11,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
-from neox.model.gpt import layers
-from neox.model.init import initialize
-from neox.parallel.groups import ProcessGroups
 from tests import small_tokenizer
-from tests.models import BASE, config_of
+from tests.models import BASE, write_new_model
 from tests.terminal import CTRL_C, CTRL_D, CTRL_Z, PATIENCE_S, UP, Person
 
 DEEPY = Path(__file__).parents[2] / "deepy.py"
@@ -34,16 +30,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     values = VALUES | {"tokenizer_type": "HFTokenizer", "load": str(folder), "maximum_tokens": 3}
     values |= {"vocab_file": str(small_tokenizer.write(folder)), "text_gen_type": "interactive"}
     (folder / "model.yml").write_text(json.dumps(values))
-    step = folder / "global_step1"
-    step.mkdir()
-    config, single = config_of(**VALUES), ProcessGroups.single()
-    for layer in layers(config, VOCABULARY, torch.float32, single):
-        if layer.has_file:
-            module = layer.build()
-            initialize(module, layer, config, 1, single)
-            name = f"layer_{layer.index:02d}-model_00-model_states.pt"
-            torch.save(module.state_dict(), step / name)
-    (folder / "latest").write_text(step.name)
+    write_new_model(folder, VOCABULARY, **VALUES)
     return folder
 
 
