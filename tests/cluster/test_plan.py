@@ -149,6 +149,9 @@ def test_a_hostfile_that_names_this_machine_alone_stays_here(tmp_path: Path) -> 
 def test_the_hostfile_may_come_from_the_environment(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    (tmp_path / "hosts").write_text("localhost slots=2\nb slots=2\n")
+    with pytest.raises(ConfigError, match="other hosts do not know this one as localhost"):
+        make_plan(config(4, hostfile=str(tmp_path / "hosts")))
     (tmp_path / "hosts").write_text("a slots=2\nb slots=2\n")
     monkeypatch.setenv("DLTS_HOSTFILE", str(tmp_path / "hosts"))
     plan = make_plan(config(4))
