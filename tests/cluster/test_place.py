@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+from neox import log
+from neox.cluster.main import main
 from neox.cluster.place import Place, Started, find_rank, find_started
 from neox.errors import ConfigError
 from tests.models import config_of
@@ -86,3 +90,17 @@ def test_the_rank_that_our_launcher_gave() -> None:
     assert find_rank(SRUN) == 2
     assert find_rank(SRUN | OPENMPI) == 3
     assert find_rank(MPICH) == 1
+
+
+def test_only_rank_0_tells_of_a_wrong_configuration(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(log, "_rank", 0)  # put back afterwards
+    (tmp_path / "model.yml").write_text("no_such_key: 1\n")
+    for name, value in SRUN.items():
+        monkeypatch.setenv(name, value)
+    assert main(["train.py", str(tmp_path / "model.yml")]) == 2
+    assert capsys.readouterr() == ("", "")
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    assert main(["train.py", str(tmp_path / "model.yml")]) == 2
+    assert "no_such_key" in capsys.readouterr().err
