@@ -3,10 +3,12 @@
     config.json        the configuration, encoded; ranks never read YAML
     job.json           what to run
     leash              a named pipe that the launcher holds open as long as it lives
+    start              over several hosts: what every process begins with, its variables too
+    launcher.log       and what the launcher says, told if nothing else explains a failure
     rank_N.started     {pid, host}, once rank N is up
     rank_N.ended       {status, error, message, time}, when rank N is done or has failed
     claimed            there while rank 0 is at a terminal and acts on Ctrl-C itself
-    rank_N.log         what rank N > 0 printed; in log_dir instead, and kept, when that is set
+    rank_N.log         what rank N > 0 printed; kept as log_dir/HOST_rank_N.log when that is set
 
 Each file is whole or absent. Nothing of a configuration appears on a command line.
 """
@@ -22,10 +24,12 @@ import socket
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 
 from neox.atomic import write_text
+from neox.cluster.place import Place
 from neox.config import NeoXConfig
 
 # Every process of a run has it in its environment, which is how a stray one is found.
@@ -46,6 +50,24 @@ class Job:
     master_port: int
     host: str  # where the launcher is
     log_dir: str | None = None
+    hosts: dict[str, list[int]] = dataclasses.field(default_factory=dict)  # slots in rank order
+
+    def slots(self, rank: int) -> list[int]:
+        """The slots of the run on the host of `rank`; [] where that is not known."""
+        return next((slots for _, slots, ranks in self._ranks() if rank in ranks), [])
+
+    def place(self, rank: int) -> Place:
+        """Where a rank is: ranks are given out host by host, in order of their slots."""
+        for _, slots, ranks in self._ranks():
+            if rank in ranks:
+                return Place(rank, rank - ranks.start, len(slots))
+        raise AssertionError(f"rank {rank} has no place in {self.hosts}")
+
+    def _ranks(self) -> Iterator[tuple[str, list[int], range]]:
+        first = 0
+        for host, slots in self.hosts.items():
+            yield host, slots, range(first, first + len(slots))
+            first += len(slots)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,11 +110,25 @@ class RunFolder:
         return self.path / "config.json"
 
     def log(self, rank: int) -> Path:
-        return Path(self.job.log_dir or self.path) / f"rank_{rank}.log"
+        """Of the host that the rank is on, once it has said so there."""
+        if self.job.log_dir is None:
+            return self.path / f"rank_{rank}.log"
+        start = self.starts().get(rank)
+        return Path(self.job.log_dir) / f"{start.host + '_' if start else ''}rank_{rank}.log"
 
     @cached_property
     def job(self) -> Job:
         return Job(**json.loads((self.path / "job.json").read_text()))
+
+    @property
+    def started_over_hosts(self) -> bool:
+        """Whether pdsh, srun or an mpirun starts the ranks."""
+        return (self.path / "start").exists()
+
+    def launchers_words(self) -> list[str]:
+        """What that launcher said, and what processes said that came to no rank."""
+        noise = self.path / "launcher.log"
+        return noise.read_text(errors="replace").splitlines() if noise.exists() else []
 
     def config(self) -> NeoXConfig:
         return NeoXConfig.decode(self.config_file.read_text())

@@ -222,7 +222,8 @@ class _Watch:
             return Outcome(0)
         ranks = ", ".join(map(str, unfinished)) or "none"
         code, how = _explain_status(status)
-        return Outcome(code, f"error: DeepSpeed's launcher {how}; ranks not yet done: {ranks}")
+        report = f"error: the launcher {how}; ranks not yet done: {ranks}"
+        return Outcome(code, "\n".join([*self.folder.launchers_words()[-LOG_LINES:], report]))
 
 
 def _zombie_status(pid: int) -> int | None:

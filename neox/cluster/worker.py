@@ -5,27 +5,21 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import subprocess
 import sys
+import termios
 import time
 import traceback
 from pathlib import Path
 
-from neox.cluster.execute import Place, execute, prepare_environment
-from neox.cluster.run_folder import End, RunFolder
+from neox.cluster.execute import execute, prepare_environment
+from neox.cluster.place import Place, find_rank
+from neox.cluster.run_folder import End, Job, RunFolder
 from neox.errors import ConfigError, NeoXError
 
 # How long a failed rank waits for the launcher to have read its last words and to end the job. Were
 # it to leave at once, its peers would fail too, with errors that only distract from the first one.
 LAST_WORDS_S = 10.0
-
-# The names under which launchers tell a process its place: DeepSpeed's (and torchrun's), Slurm's,
-# OpenMPI's and PMI's (MPICH, MVAPICH).
-_PLACES = (
-    ("RANK", "LOCAL_RANK", "LOCAL_SIZE"),
-    ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE"),
-    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
-    ("PMI_RANK", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
-)
 
 
 def main() -> None:
@@ -33,13 +27,15 @@ def main() -> None:
     del sys.path[0]  # this file's folder: its modules are to be found in their package only
     folder = RunFolder(Path(sys.argv[1]))
     job = folder.job
-    place = _find_place()
+    place = _find_place(job)
     try:
         folder.write_start(place.rank)
         if job.host == socket.gethostname():
             folder.end_with_launcher()
         if place.rank > 0:
             _speak_into(folder.log(place.rank))
+        elif folder.started_over_hosts:
+            _speak_through_launcher(folder.log(0) if job.log_dir else None)
         prepare_environment(job, place)
         execute(job, folder.config(), folder.config_file, place)
     except KeyboardInterrupt:
@@ -54,15 +50,11 @@ def main() -> None:
         folder.write_end(place.rank, End(0))
 
 
-def _find_place() -> Place:
-    for rank, local_rank, local_size in _PLACES:
-        if rank in os.environ:
-            return Place(
-                int(os.environ[rank]),
-                int(os.environ.get(local_rank, 0)),
-                int(os.environ.get(local_size, 1)),
-            )
-    raise SystemExit("worker.py is started by deepy.py, through a launcher that sets RANK")
+def _find_place(job: Job) -> Place:
+    rank = find_rank(os.environ)
+    if rank is None:
+        raise SystemExit("worker.py is started by deepy.py, through a launcher that sets RANK")
+    return job.place(rank)
 
 
 def _speak_into(log: Path) -> None:
@@ -75,6 +67,28 @@ def _speak_into(log: Path) -> None:
     null = os.open(os.devnull, os.O_RDONLY)
     for source, target in ((null, 0), (file, 1), (file, 2)):
         os.dup2(source, target)
+
+
+def _speak_through_launcher(log: Path | None) -> None:
+    """Send rank 0's output to the console by way of its launcher, and into `log` if it is kept.
+
+    It becomes one stream, for the launcher's standard error has words of its own on it, and no
+    terminal, though Open MPI gives one: nobody sits there.
+    """
+    if os.isatty(1):
+        settings = termios.tcgetattr(1)
+        settings[1] &= ~termios.OPOST  # or lines would end in \r\n
+        termios.tcsetattr(1, termios.TCSANOW, settings)
+    if log is not None:
+        log.parent.mkdir(parents=True, exist_ok=True)
+    # What asks a run to stop may ask all of its processes; the last words are still to be heard.
+    script = 'trap "" HUP INT TERM USR1 USR2; exec tee "$@"'
+    files = [] if log is None else [str(log)]
+    tee = subprocess.Popen(["/bin/sh", "-c", script, "sh", *files], stdin=subprocess.PIPE)
+    assert tee.stdin is not None
+    for stream in (1, 2):
+        os.dup2(tee.stdin.fileno(), stream)
+    tee.stdin.close()
 
 
 def _describe(error: BaseException) -> End:

@@ -77,7 +77,7 @@ def test_success_is_every_ranks_word(run: Callable[..., tuple[int, str]]) -> Non
     assert run("end(0, 0)") == (0, "")
     status, reason = run("end(0, 0)", 3)
     assert status == 1
-    assert reason.startswith("error: DeepSpeed's launcher ended with status 0")
+    assert reason.startswith("error: the launcher ended with status 0")
     assert reason.endswith("ranks not yet done: 1, 2\n")
 
 
