@@ -19,8 +19,8 @@ from neox.model.gpt import Layer, layers, partition, torch_dtype
 from neox.parallel.groups import ProcessGroups
 from neox.parallel.region import TensorParallelRegion
 from neox.parallel.rng import DropoutStreams
-from neox.plan.trace import Traced, planned_groups, run
 from neox.parallel.topology import Topology
+from neox.plan.trace import Traced, planned_groups, run
 
 
 @dataclass(frozen=True)
@@ -140,6 +140,26 @@ class PlannedModel:
             return torch.empty(size, dtype=self.dtype, device="meta", requires_grad=True)
 
         return run(lambda x: layer(module, x, labels, mask), make_input, [module])
+
+    @property
+    def topology(self) -> Topology:
+        """The whole grid; `groups` are a rank's of one tp group."""
+        return Topology(self.config.pp, self.config.dp, self.config.tp)
+
+    @staticmethod
+    def is_block(layer: Layer) -> bool:
+        return layer.kind is TransformerLayer
+
+    @property
+    def activation_bytes(self) -> int:
+        """Of what goes from one block to the next, on this rank."""
+        split = self.groups.tp if self._region.splits_sequence else 1
+        return self.loss_input_bytes // split
+
+    @property
+    def loss_input_bytes(self) -> int:
+        batch, length = self._batch_shape
+        return batch * length * self.config.hidden_size * self.dtype.itemsize
 
     @property
     def _batch_shape(self) -> tuple[int, int]:
