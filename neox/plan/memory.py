@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from neox.inference.cache import KVCache
-from neox.model.layout import ParamLayout, Split
-from neox.model.quantized import BLOCK, EightBit
 from neox.plan.stages import Chunk, PlannedModel
-from neox.plan.state import held
+from neox.plan.state import Held, held
 from neox.plan.trace import Traced
 
 
@@ -44,6 +41,13 @@ def memory(model: PlannedModel) -> list[StageMemory]:
     return [_of_stage(model, number, stage) for number, stage in enumerate(model.stages())]
 
 
+def of_replica(model: PlannedModel, stage: range, dp_rank: int | None = None) -> Held:
+    """Weights, gradients and optimizer state of a rank of a stage; see neox.plan.state.held."""
+    return held(
+        model.config, model.parameters(stage), model.buffer_bytes(stage), dp_rank
+    )
+
+
 def in_flight(config_pp: int, stage: int, micro_batches: int) -> int:
     """Micro-batches whose activations a stage holds at once, by the 1F1B schedule."""
     return min(config_pp - stage, micro_batches)
@@ -52,7 +56,7 @@ def in_flight(config_pp: int, stage: int, micro_batches: int) -> int:
 def _of_stage(model: PlannedModel, number: int, stage: range) -> StageMemory:
     config = model.config
     is_last = number == config.pp - 1
-    own = held(config, model.parameters(stage), eight_bit_bytes(model, stage))
+    own = of_replica(model, stage)
     traced = [(chunk, model.traced(chunk)) for chunk in model.chunks(stage)]
     kept, peak, on_host = _walk(model, traced, is_last)
     flying = in_flight(config.pp, number, config.gradient_accumulation_steps)
@@ -115,27 +119,6 @@ def _pipe_buffers(model: PlannedModel, number: int) -> _Buffers:
     came = 0 if splits or is_first else size
     left = model.loss_input_bytes if is_last else sent
     return _Buffers(came + left, sent * ((not is_first) + (not is_last)))
-
-
-def eight_bit_bytes(model: PlannedModel, stage: range) -> int:
-    """Codes, scales and tables of a stage's frozen matrices: see EightBit and `cut`."""
-    total, tied = 0, set()
-    for layer in model.layers[stage.start : stage.stop]:
-        if layer.has_parameters and layer.tied not in tied:
-            tied |= {layer.tied} if layer.tied else set()
-            for name, part in model.module(layer).named_modules():
-                if isinstance(part, EightBit):
-                    assert layer.layout is not None
-                    total += _eight_bits(layer.layout[name], model.config.tp)
-    return total
-
-
-def _eight_bits(layout: ParamLayout, tp: int) -> int:
-    rows, columns = layout.shard_shape(tp)
-    group = math.gcd(BLOCK, layout.shape[1])  # elements that share a scale
-    if layout.split is Split.ROW:
-        group = math.gcd(group, columns)
-    return rows * columns + 4 * rows * (columns // group) + 4 * 256
 
 
 def cache_bytes(model: PlannedModel, stage: range, rows: int, length: int, device: str) -> int:

@@ -16,6 +16,7 @@ from neox.model.layout import LayerLayout
 from neox.plan.stages import PlannedModel
 from neox.plan.state import (
     accumulation_dtype,
+    communication_dtype,
     flat_size,
     has_bfloat16_optimizer,
     held,
@@ -110,10 +111,10 @@ def _between_replicas(model: PlannedModel, number: int, stage: range) -> Counted
     if config.pp > 1 and not config.no_weight_tying and number in (0, config.pp - 1):
         sent["all_reduce", "pp", _tied_bytes(model)] += 1
     if config.engine_zero_stage == 0 or has_bfloat16_optimizer(config):
-        accumulated = accumulation_dtype(config).itemsize
         if dp > 1:
+            size_sent = communication_dtype(config).itemsize
             for numel in _fallback_buckets([n for group in groups for n in group]):
-                sent["all_reduce", "dp", accumulated * numel] += 1
+                sent["all_reduce", "dp", size_sent * numel] += 1
         if parts > 1:
             sent["all_reduce", replica, 4] += 1
     else:
@@ -138,10 +139,12 @@ def _of_zero(model: PlannedModel, groups: Sequence[Sequence[int]]) -> Counted:
     config, sent = model.config, Counted()
     if config.dp == 1:
         return sent
-    size = accumulation_dtype(config).itemsize
+    size = communication_dtype(config).itemsize
+    # With the gradients cut, every micro-batch's are reduced.
+    times = config.gradient_accumulation_steps if config.engine_zero_stage == 2 else 1
     limit = int(zero_setting(config, "reduce_bucket_size", _FALLBACK))
     for numel in _buckets([n for group in groups for n in group], limit):
-        sent["all_reduce", "dp", size * numel] += 1
+        sent["all_reduce", "dp", size * numel] += times
     return sent
 
 
@@ -180,7 +183,7 @@ def _groups(model: PlannedModel, stage: range) -> list[list[int]]:
 
 def _tied_bytes(model: PlannedModel) -> int:
     table = model.module(model.layers[0]).word_embeddings.weight
-    return int(table.numel()) * table.element_size()
+    return int(table.numel()) * accumulation_dtype(model.config).itemsize
 
 
 def _touched(model: PlannedModel, stage: range) -> int:

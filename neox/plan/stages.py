@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
@@ -16,6 +17,8 @@ from neox.engine.recompute import Recompute
 from neox.model.block import TransformerLayer
 from neox.model.frozen import Frozen
 from neox.model.gpt import Layer, layers, partition, torch_dtype
+from neox.model.layout import LayerLayout, Split
+from neox.model.quantized import BLOCK, EightBit
 from neox.parallel.groups import ProcessGroups
 from neox.parallel.region import TensorParallelRegion
 from neox.parallel.rng import DropoutStreams
@@ -67,8 +70,24 @@ class PlannedModel:
         key = (layer.kind, layer.tied) if layer.has_parameters else layer.index
         if key not in self._modules:
             with self._fake:
-                self._modules[key] = layer.build()
+                module = self._modules[key] = layer.build()
+                if isinstance(module, nn.Module) and layer.layout is not None:
+                    self._fill_eight_bits(module, layer.layout)
         return self._modules[key]
+
+    def _fill_eight_bits(self, module: nn.Module, layout: LayerLayout) -> None:
+        """What a checkpoint would put into the places of 8-bit weights: see `cut`."""
+        for name, place in module.named_modules():
+            if isinstance(place, EightBit):
+                param = layout[name]
+                rows, columns = place.shape
+                group = math.gcd(BLOCK, param.shape[1])  # elements that share a scale
+                if param.split is Split.ROW:
+                    group = math.gcd(group, columns)
+                codes = torch.empty(rows, columns, dtype=torch.uint8)
+                place.assign(
+                    EightBit(codes, torch.empty(rows, columns // group), torch.empty(256))
+                )
 
     def parameters(self, stage: range) -> list[nn.Parameter]:
         """Of a stage, in the order of its layers; those of tied layers once.
@@ -82,6 +101,15 @@ class PlannedModel:
                 found += self.module(layer).parameters()
                 tied |= {layer.tied} if layer.tied else set()
         return found
+
+    def buffer_bytes(self, stage: range) -> int:
+        """Of a stage's weights that are no parameters: those of 8 bits."""
+        total, tied = 0, set[str]()
+        for layer in self.layers[stage.start : stage.stop]:
+            if layer.has_parameters and layer.tied not in tied:
+                total += sum(buffer.nbytes for buffer in self.module(layer).buffers())
+                tied |= {layer.tied} if layer.tied else set()
+        return total
 
     def stages(self) -> list[range]:
         """The layer indices of each stage."""

@@ -25,6 +25,9 @@ _ALIGNMENT = 2  # DeepSpeed's nccl_start_alignment_factor
 _DEFAULT_BUCKET = 500_000_000  # elements: its reduce_bucket_size
 
 
+_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
 @dataclass(frozen=True)
 class Held:
     """Bytes that a rank holds from the end of the backward pass to the optimizer's step."""
@@ -51,8 +54,17 @@ def accumulation_dtype(config: NeoXConfig) -> torch.dtype:
     """The type in which micro-batches' gradients are summed: see neox.config.deepspeed."""
     given = (config.data_types or {}).get("grad_accum_dtype")
     if given is not None:
-        return {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[given]
+        return _DTYPES[given]
     return torch.float32 if config.dtype == "bfloat16" else torch_dtype(config.dtype)
+
+
+def communication_dtype(config: NeoXConfig) -> torch.dtype:
+    """The type in which gradients travel between replicas."""
+    name = "fp32" if config.fp32_allreduce else None
+    name = config.communication_data_type or name
+    if name is None:
+        return torch_dtype(config.dtype)
+    return _DTYPES[name]
 
 
 def has_bfloat16_optimizer(config: NeoXConfig) -> bool:
@@ -76,8 +88,16 @@ def flat_size(numels: Sequence[int], config: NeoXConfig, size: int) -> int:
     return total + -total % (_ALIGNMENT * config.dp)
 
 
-def held(config: NeoXConfig, parameters: Sequence[nn.Parameter], frozen_bytes: int) -> Held:
-    """Of a rank with these parameters, and `frozen_bytes` of weights in other forms."""
+def held(
+    config: NeoXConfig,
+    parameters: Sequence[nn.Parameter],
+    frozen_bytes: int,
+    dp_rank: int | None = None,
+) -> Held:
+    """Of a rank with these parameters, and `frozen_bytes` of weights in other forms.
+
+    Without `dp_rank`, of the replica that has most: with ZeRO 2 they differ.
+    """
     size = torch_dtype(config.dtype).itemsize
     trained = [p for p in parameters if p.requires_grad]
     rest = frozen_bytes + sum(p.nbytes for p in parameters if not p.requires_grad)
@@ -104,6 +124,9 @@ def held(config: NeoXConfig, parameters: Sequence[nn.Parameter], frozen_bytes: i
     whole = sum(p.numel() for p in trained)
     if stage == 2:
         gradients, step = accumulated * sum(parts), 4 * max(parts)
+        if accumulated == size:
+            ranks = range(config.dp) if dp_rank is None else [dp_rank]
+            gradients = size * max(_owned_whole(groups, parts, rank) for rank in ranks)
     else:
         gradients = accumulated * whole
         step = accumulated * sum(parts) + 4 * max(parts)
@@ -113,6 +136,22 @@ def held(config: NeoXConfig, parameters: Sequence[nn.Parameter], frozen_bytes: i
         host = masters + (4 + size) * sum(parts) + size * largest
         return Held(weights, gradients, 0, host, bucket, size * largest)
     return Held(weights, gradients, masters, 0, bucket, step)
+
+
+def _owned_whole(groups: Sequence[Sequence[int]], parts: Sequence[int], dp_rank: int) -> int:
+    """Elements of the gradients of which a replica owns a part, which are kept whole, and padding.
+
+    So it is where gradients are summed in the type that they have.
+    """
+    total = 0
+    for numels, part in zip(groups, parts, strict=True):
+        start, stop = part * dp_rank, part * (dp_rank + 1)
+        at = 0
+        for numel in numels:
+            total += numel if at < stop and at + numel > start else 0
+            at += numel
+        total += max(0, stop - max(at, start))
+    return total
 
 
 def _sharded(

@@ -33,7 +33,7 @@ class Traced:
     Bytes. `messages` counts (operation, bytes of the whole tensor) of the tp group.
     """
 
-    kept: int  # from forward to backward, the input included, the output not
+    kept: int  # from forward to backward, of the input too; the output not included
     output: int
     forward_peak: int  # input and output included
     backward_peak: int  # and the gradient of the output
@@ -130,10 +130,9 @@ def run(
         for parameter in module.parameters():
             if parameter.requires_grad:
                 parameter.grad = torch.empty_like(parameter)
-    trace = Trace()
+    source, trace = make_input(), Trace()
     with trace:
-        x = make_input()
-        y = forward(x)
+        y = forward(source.clone())  # as if it came from other layers, which do not keep it
         output = y.untyped_storage().nbytes()
         kept, forward_peak = trace.live - output, trace.peak
         trace.restart_peak()

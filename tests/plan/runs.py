@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor
 
 from neox.config import NeoXConfig
 from neox.engine.build import build_engine
+from neox.engine.recompute import Recompute
 from neox.parallel.groups import initialize
 from neox.parallel.topology import Topology
 from tests.engine.test_grids import OPTIMIZER, Values, batches
@@ -106,3 +108,43 @@ def _gradients(inner: Any) -> int:
     for tensors in (getattr(optimizer, "averaged_gradients", None) or {}).values():
         kept += tensors or []
     return sum(storages(kept).values())
+
+
+def kept_by_ranks(rank: int, cases: list[Case]) -> list[int]:
+    """Bytes that a forward pass of each case keeps for the backward pass, counted by torch's hooks.
+
+    Of the real model without a pipeline. Each memory counts once, parameters do not.
+    """
+    return [_kept(*case) for case in cases]
+
+
+def _kept(topology: Topology, values: Values) -> int:
+    groups = initialize(topology, "gloo", torch.device("cpu"))
+    config = configuration(topology, values)
+    engine = build_engine(config, groups, VOCAB)
+    model = engine.inner.module.train()  # type: ignore[attr-defined]
+    batch, length = config.train_micro_batch_size_per_gpu, config.seq_length
+    tokens = torch.zeros(batch, length, dtype=torch.long)
+    saved: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved.append(tensor)
+        return tensor
+
+    keep = Recompute._keep
+
+    def noted(self: Recompute, tensor: Tensor) -> Any:
+        kept = keep(self, tensor)
+        saved.append(kept[0])
+        return kept
+
+    with (
+        mock.patch.object(Recompute, "_keep", noted),
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+    ):
+        loss = model(tokens, tokens, torch.ones(batch, length))
+    own = storages(model.parameters())
+    kept = sum(size for at, size in storages(saved).items() if at not in own)
+    del loss
+    forget_groups()
+    return kept
