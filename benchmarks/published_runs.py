@@ -25,7 +25,7 @@ from neox.atomic import write_text  # noqa: E402
 from neox.parallel.topology import Topology  # noqa: E402
 from neox.plan.cluster import CALIBRATED, Cluster, Reached, load_cluster  # noqa: E402
 from neox.plan.time import StepTime, step_time  # noqa: E402
-from neox.plan.traffic import Shape  # noqa: E402
+from neox.plan.traffic import BIAS, COPY, DROPOUT, NORM, ROTATION, SPLIT, SUM, Passes, Shape  # noqa: E402
 from neox.plan.work import Message, StageWork, Work  # noqa: E402
 
 ROWS = Path(__file__).with_suffix(".yml")
@@ -99,13 +99,24 @@ def read_rows() -> list[Row]:
 
 
 def shape_of(row: Row) -> Shape:
-    """Both wrote attention's scores to memory, and the transposed context (2 passes).
+    """Both wrote attention's scores to memory, added the bias of query, key and value to their
+    product afterwards, as torch did with three dimensions, and copied the context.
 
-    Megatron-LM has one kernel for bias, dropout and residual sum (3 passes and a mask of half of
-    one). GPT-NeoX added two biases and two residuals each by itself (2 x 2 + 2 x 3), rotated a
-    quarter of query and key (10 passes of each quarter) and joined it to the rest (2 of each); its
-    20B has no dropout. See its megatron/model/transformer.py of early 2022.
+    Megatron-LM has one kernel for bias, dropout and residual sum: it reads two tensors and a mask
+    of half a pass and writes one. GPT-NeoX-20B's biases, branches and residual are added one by
+    one, without dropout; a quarter of query and key is rotated and joined to the rest again, whose
+    backward pass fills, copies and adds the four parts (14 passes). See megatron/model/
+    transformer.py of GPT-NeoX early in 2022. Its norm is torch's, then of two kernels forward and
+    of three backward; Megatron-LM's is one and two.
     """
+    around = BIAS.plus(SPLIT).times(3).plus(COPY)
+    norm = NORM
+    if row.is_neox:
+        sums = BIAS.plus(SUM).times(2)
+        around = around.plus(ROTATION.times(2 * 0.25)).plus(Passes(4, 14))
+        norm = Passes(3, 7)
+    else:
+        sums = Passes(SUM.forward + 0.5, DROPOUT.backward + BIAS.backward + SUM.backward).times(2)
     return Shape(
         micro_batch=row.micro_batch,
         sequence=SEQUENCE,
@@ -115,8 +126,9 @@ def shape_of(row: Row) -> Shape:
         vocab=VOCAB,
         tp=row.tp,
         element_size=HALF,
-        sums=10 if row.is_neox else 7,
-        copies=11 if row.is_neox else 2,
+        sums=sums,
+        copies=around,
+        norm=norm,
         attention_dropout=not row.is_neox,
         scores_in_memory=True,
     )
@@ -134,20 +146,25 @@ def work_of(row: Row) -> Work:
     # GPT-NeoX sums a parallel layer's two branches first, but not their inputs' gradients.
     sums = 4 if row.is_neox else 6  # of forward, backward and recomputation
     calls = micro_batches * layers * sums
-    both_ways = 2 * micro_batches * row.chunks
-    # Both send each tp rank's part of an activation, and gather it again.
-    messages = (
+    sends = micro_batches * row.chunks  # and as many gradients back
+    # A tp rank sends its part of an activation, and gathers the others'. Megatron-LM does the same
+    # with gradients; DeepSpeed 0.3 sent them whole (is_grad_partitioned in its pipeline's engine).
+    back = 1 if row.is_neox else row.tp
+    messages: tuple[Message, ...] = (
         Message("all_reduce", "tp", calls, calls * activation),
-        Message("send", "pp", both_ways, both_ways * activation // row.tp),
-        Message("all_gather", "tp", both_ways, both_ways * activation),
         Message("all_reduce", "dp", 1, int(HALF * parameters), overlaps=row.pp == 1),
     )
+    if row.pp > 1:
+        gathers = sends * (1 if row.is_neox else 2)
+        messages += (
+            Message("send", "pp", sends, sends * activation // row.tp),
+            Message("send", "pp", sends, sends * activation // back),
+            Message("all_gather", "tp", gathers, gathers * activation),
+        )
     optimizer = OPTIMIZER_BYTES * parameters
     if row.is_neox:  # ZeRO 1: each replica a part, then all of the weights
         optimizer /= row.dp
         messages += (Message("all_gather", "dp", 1, int(HALF * parameters)),)
-    if row.pp == 1:
-        messages = tuple(m for m in messages if m.operation not in ("send",))[:1] + messages[3:]
     stages = tuple(
         StageWork(
             layers=layers,

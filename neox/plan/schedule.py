@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 Order = Literal["1f1b", "gpipe"]
+_FILLED = 2  # groups of micro-batches after which a pipeline repeats itself
 
 
 class Pass(NamedTuple):
@@ -128,6 +129,31 @@ def simulate(
                 left -= 1
         assert left < before, "the schedule waits for itself"
     return Timeline(stages, tuple(slots), max(free))
+
+
+def pipeline_seconds(
+    forward: Sequence[float],
+    backward: Sequence[float],
+    micro_batches: int,
+    order: Order = "1f1b",
+    send: float = 0.0,
+    chunks: int = 1,
+) -> float:
+    """`simulate(...).seconds`, without a simulation of the whole of a long step.
+
+    Once the pipeline is full, each further group of as many micro-batches as there are stages
+    takes as long as the one before.
+    """
+    stages = len(forward)
+    few = _FILLED * stages + micro_batches % stages
+    if order == "gpipe" or micro_batches <= few + stages:
+        return simulate(forward, backward, micro_batches, order, send, chunks).seconds
+    shorter, longer = (
+        simulate(forward, backward, count, order, send, chunks).seconds
+        for count in (few, few + stages)
+    )
+    groups = (micro_batches - few) // stages
+    return shorter + groups * (longer - shorter)
 
 
 def _needed(stage: int, work: Pass, stages: int, chunks: int) -> tuple[int, Pass] | None:

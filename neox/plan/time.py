@@ -25,8 +25,8 @@ from dataclasses import dataclass
 
 from neox.parallel.topology import Topology
 from neox.plan.cluster import Cluster
-from neox.plan.schedule import Order, Timeline, simulate
-from neox.plan.traffic import Shape
+from neox.plan.schedule import Order, pipeline_seconds
+from neox.plan.traffic import NONE, Shape
 from neox.plan.work import Message, StageWork, Work
 
 DAY, HOUR = 86400.0, 3600.0
@@ -51,7 +51,6 @@ class StepTime:
 
     seconds: float
     parts: dict[str, float]
-    timeline: Timeline
     tokens_per_second: float
     flops_per_second: float  # of one device, recomputation counted
 
@@ -68,10 +67,10 @@ def step_time(
     stages = [stage_time(work, i, shape, cluster) for i in range(grid.pp)]
     send = max(_seconds_of_a_send(stage.messages, grid, cluster) for stage in work.stages)
     forward, backward = [s.forward for s in stages], [s.backward for s in stages]
-    timeline = simulate(forward, backward, work.micro_batches, order, send, chunks)
-    slowest = max(range(grid.pp), key=timeline.busy.__getitem__)
-    busy = timeline.busy[slowest]
+    pipeline = pipeline_seconds(forward, backward, work.micro_batches, order, send, chunks)
+    slowest = max(range(grid.pp), key=lambda i: forward[i] + backward[i])
     stage = stages[slowest]
+    transfers = work.micro_batches * send * _transfers(slowest, grid.pp, chunks)
     computing = {
         "matrix products": work.micro_batches * stage.products,
         "element-wise work": work.micro_batches * stage.memory,
@@ -80,14 +79,14 @@ def step_time(
     last = max(stages, key=lambda each: each.after + each.optimizer)
     parts = {
         **computing,
-        "pipeline messages": max(0.0, busy - sum(computing.values())),
-        "pipeline bubble": timeline.seconds - busy,
+        "pipeline messages": transfers,
+        "pipeline bubble": max(0.0, pipeline - transfers - sum(computing.values())),
         "data-parallel messages": last.after,
         "optimizer": last.optimizer,
     }
-    seconds = timeline.seconds + last.after + last.optimizer
+    seconds = pipeline + last.after + last.optimizer
     flops = sum(work.flops.values()) / grid.world_size
-    return StepTime(seconds, parts, timeline, work.tokens / seconds, flops / seconds)
+    return StepTime(seconds, parts, work.tokens / seconds, flops / seconds)
 
 
 def stage_time(work: Work, stage: int, shape: Shape, cluster: Cluster) -> StageTime:
@@ -95,15 +94,14 @@ def stage_time(work: Work, stage: int, shape: Shape, cluster: Cluster) -> StageT
     mine: StageWork = work.stages[stage]
     rate, bandwidth = cluster.product_rate(work.dtype), cluster.memory_rate
     recomputes = mine.recompute_flops > 0
-    layers = mine.layers * shape.layer / bandwidth
-    head = shape.head / bandwidth if stage == len(work.stages) - 1 else 0.0
+    layers = shape.layer.times(mine.layers / bandwidth)
+    head = shape.head.times(1 / bandwidth) if stage == len(work.stages) - 1 else NONE
     tp_forward, tp_backward = _tensor_parallel(mine.messages, work, cluster, recomputes)
     products_forward = mine.forward_flops / rate
     products_backward = (mine.backward_flops + mine.recompute_flops) / rate
-    memory_forward = layers + head
-    # Nothing has to be computed for weights that are not trained but the inputs' gradients.
-    adding = mine.layers * shape.accumulation / bandwidth
-    memory_backward = 2 * memory_forward + layers * recomputes + adding
+    memory_forward = layers.forward + head.forward
+    memory_backward = layers.backward + head.backward + layers.forward * recomputes
+    memory_backward += mine.layers * shape.accumulation / bandwidth
     forward = products_forward + memory_forward + tp_forward
     backward = products_backward + memory_backward + tp_backward
     return StageTime(
@@ -153,9 +151,20 @@ def _group(axis: str, grid: Topology) -> tuple[int, int]:
 
 
 def _seconds_of_a_send(messages: Sequence[Message], grid: Topology, cluster: Cluster) -> float:
-    """The longest, of one micro-batch: what a stage sends forward or back."""
-    sends = [m for m in messages if m.operation == "send" and m.axis == "pp" and m.count]
-    return max((message_seconds(m, grid, cluster) / m.count for m in sends), default=0.0)
+    """On average over those of a stage: activations go forward, their gradients back."""
+    sends = [m for m in messages if m.operation == "send" and m.axis == "pp"]
+    count = sum(m.count for m in sends)
+    return sum(message_seconds(m, grid, cluster) for m in sends) / count if count else 0.0
+
+
+def _transfers(stage: int, stages: int, chunks: int) -> int:
+    """Sends and receives of a stage for one micro-batch, both directions."""
+    if stages == 1:
+        return 0
+    if chunks == 1:
+        return 2 * ((stage > 0) + (stage < stages - 1))
+    ends = (stage == 0) + (stage == stages - 1)  # the first chunk's input, the last one's output
+    return 4 * chunks - 2 * ends
 
 
 def _tensor_parallel(
