@@ -1,0 +1,208 @@
+"""The pipeline stages of a planned run: their layers, and how a micro-batch goes through them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from neox.config import NeoXConfig
+from neox.engine.recompute import Recompute
+from neox.model.block import TransformerLayer
+from neox.model.frozen import Frozen
+from neox.model.gpt import Layer, layers, partition, torch_dtype
+from neox.model.layout import LayerLayout, Split
+from neox.model.quantized import BLOCK, EightBit
+from neox.parallel.groups import ProcessGroups
+from neox.parallel.region import TensorParallelRegion
+from neox.parallel.rng import DropoutStreams
+from neox.parallel.topology import Topology
+from neox.plan.trace import Traced, planned_groups, run
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Layers that are run together, and computed again together if `recomputed`."""
+
+    layers: tuple[Layer, ...]
+    recomputed: bool = False
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """Equal for chunks that do the same."""
+        return tuple(layer.kind for layer in self.layers), self.recomputed
+
+
+class PlannedModel:
+    """The layers as they are on a rank of `config.tp`, of which each kind is built once.
+
+    Its modules hold tensors without contents. Inside `planned_world`.
+    """
+
+    def __init__(self, config: NeoXConfig, padded_vocab_size: int) -> None:
+        self.config = config
+        self.rows = padded_vocab_size
+        self.dtype = torch_dtype(config.dtype)
+        self.groups = planned_groups(Topology(tp=config.tp))
+        self._streams = DropoutStreams(config.seed, self.groups)
+        self._region = TensorParallelRegion(
+            self.groups, sequence_parallel=config.sequence_parallel
+        )
+        self._recompute = Recompute(config, self._streams, self._region, self.groups)
+        frozen = None
+        if config.lora is not None:
+            frozen = Frozen.of_run(config, self.dtype, self.groups, self._streams)
+        self.layers = layers(
+            config, padded_vocab_size, self.dtype, self.groups, self._streams, self._region, frozen
+        )
+        self._fake = FakeTensorMode()
+        self._modules: dict[Any, Any] = {}
+        self._traced: dict[Any, Traced] = {}
+
+    def module(self, layer: Layer) -> Any:
+        """The layer's module without contents, or its function."""
+        key = (layer.kind, layer.tied) if layer.has_parameters else layer.index
+        if key not in self._modules:
+            with self._fake:
+                module = self._modules[key] = layer.build()
+                if isinstance(module, nn.Module) and layer.layout is not None:
+                    self._fill_eight_bits(module, layer.layout)
+        return self._modules[key]
+
+    def _fill_eight_bits(self, module: nn.Module, layout: LayerLayout) -> None:
+        """What a checkpoint would put into the places of 8-bit weights: see `cut`."""
+        for name, place in module.named_modules():
+            if isinstance(place, EightBit):
+                param = layout[name]
+                rows, columns = place.shape
+                group = math.gcd(BLOCK, param.shape[1])  # elements that share a scale
+                if param.split is Split.ROW:
+                    group = math.gcd(group, columns)
+                codes = torch.empty(rows, columns, dtype=torch.uint8)
+                place.assign(
+                    EightBit(codes, torch.empty(rows, columns // group), torch.empty(256))
+                )
+
+    def parameters(self, stage: range) -> list[nn.Parameter]:
+        """Of a stage, in the order of its layers; those of tied layers once.
+
+        Blocks have the same objects, again and again.
+        """
+        tied: set[str] = set()
+        found: list[nn.Parameter] = []
+        for layer in self.layers[stage.start : stage.stop]:
+            if layer.has_parameters and layer.tied not in tied:
+                found += self.module(layer).parameters()
+                tied |= {layer.tied} if layer.tied else set()
+        return found
+
+    def buffer_bytes(self, stage: range) -> int:
+        """Of a stage's weights that are no parameters: those of 8 bits."""
+        total, tied = 0, set[str]()
+        for layer in self.layers[stage.start : stage.stop]:
+            if layer.has_parameters and layer.tied not in tied:
+                total += sum(buffer.nbytes for buffer in self.module(layer).buffers())
+                tied |= {layer.tied} if layer.tied else set()
+        return total
+
+    def stages(self) -> list[range]:
+        """The layer indices of each stage."""
+        return partition(self.config.num_layers, self.config.pp)
+
+    def chunks(self, stage: range) -> list[Chunk]:
+        """How a stage is walked, but for the output projection: see the two engines."""
+        mine = self.layers[stage.start : min(stage.stop, len(self.layers) - 1)]
+        at_once = self._recompute.layers_at_once
+        if self.config.is_pipe_parallel and at_once:
+            # DeepSpeed's PipelineModule counts all layers, and recomputes those with parameters.
+            parts = [mine[at : at + at_once] for at in range(0, len(mine), at_once)]
+            return [Chunk(tuple(p), any(layer.has_parameters for layer in p)) for p in parts]
+        found: list[Chunk] = []
+        for is_block, group in groupby(mine, lambda layer: layer.kind is TransformerLayer):
+            run_of = list(group)
+            size = (at_once or 1) if is_block else len(run_of)
+            found += [
+                Chunk(tuple(run_of[at : at + size]), bool(is_block and at_once))
+                for at in range(0, len(run_of), size)
+            ]
+        return found
+
+    def traced(self, chunk: Chunk) -> Traced:
+        """A micro-batch through a chunk."""
+        if chunk.key not in self._traced:
+            built = [(layer, self.module(layer)) for layer in chunk.layers]
+
+            def walk(x: Tensor) -> Tensor:
+                for layer, module in built:
+                    x = layer(module, x)
+                return x
+
+            def forward(x: Tensor) -> Tensor:
+                return self._recompute(walk, x) if chunk.recomputed else walk(x)
+
+            modules = [module for _, module in built if isinstance(module, nn.Module)]
+            with self._fake:
+                self._traced[chunk.key] = run(
+                    forward, lambda: self._input(chunk.layers[0]), modules
+                )
+        return self._traced[chunk.key]
+
+    @cached_property
+    def head(self) -> Traced:
+        """A micro-batch through the output projection and the loss, backward too."""
+        layer = self.layers[-1]
+        with torch.device("meta"):  # reads the loss's value only where there is one
+            module = layer.build()
+            shape = self._batch_shape
+            labels = torch.zeros(shape, dtype=torch.long)
+            mask = torch.zeros(shape)
+
+        def make_input() -> Tensor:
+            size = (*shape, self.config.hidden_size)
+            return torch.empty(size, dtype=self.dtype, device="meta", requires_grad=True)
+
+        return run(lambda x: layer(module, x, labels, mask), make_input, [module])
+
+    @property
+    def topology(self) -> Topology:
+        """The whole grid; `groups` are a rank's of one tp group."""
+        return Topology(self.config.pp, self.config.dp, self.config.tp)
+
+    @staticmethod
+    def is_block(layer: Layer) -> bool:
+        return layer.kind is TransformerLayer
+
+    @property
+    def activation_bytes(self) -> int:
+        """Of what goes from one block to the next, on this rank."""
+        split = self.groups.tp if self._region.splits_sequence else 1
+        return self.loss_input_bytes // split
+
+    @property
+    def loss_input_bytes(self) -> int:
+        batch, length = self._batch_shape
+        return batch * length * self.config.hidden_size * self.dtype.itemsize
+
+    @property
+    def _batch_shape(self) -> tuple[int, int]:
+        return self.config.train_micro_batch_size_per_gpu, self.config.seq_length
+
+    def _input(self, first: Layer) -> Tensor:
+        """What a chunk that begins with this layer is given."""
+        batch, length = self._batch_shape
+        if first.index == 0:
+            return torch.zeros(batch, length, dtype=torch.long)
+        if first.index == 1 or first.index > self.config.num_layers + 2:
+            size = (batch, length, self.config.hidden_size)
+        else:
+            split = self.groups.tp if self._region.splits_sequence else 1
+            size = (length // split, batch, self.config.hidden_size)
+        return torch.empty(size, dtype=self.dtype, requires_grad=True)
+
+
