@@ -60,6 +60,19 @@ def in_flight(config_pp: int, stage: int, micro_batches: int) -> int:
     return min(config_pp - stage, micro_batches)
 
 
+def least(model: PlannedModel, *, activations: bool) -> int:
+    """Bytes that the fullest rank needs at least, soon known: of state, or with what is kept."""
+    found = []
+    for number, stage in enumerate(model.stages()):
+        own = of_replica(model, stage)
+        found.append(own.weights + own.gradients + own.optimizer)
+        if activations:
+            flying = in_flight(model.config.pp, number, model.config.gradient_accumulation_steps)
+            traced = [(chunk, model.traced(chunk)) for chunk in model.chunks(stage)]
+            found[-1] += flying * _walk(model, traced, is_last=False)[0]
+    return max(found)
+
+
 def _of_stage(model: PlannedModel, number: int, stage: range) -> StageMemory:
     config = model.config
     is_last = number == config.pp - 1

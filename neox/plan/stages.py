@@ -52,6 +52,7 @@ class PlannedModel:
     ) -> None:
         self.config = config
         self.on_cpu = on_cpu
+        self.extrapolates = False  # see `traced`
         self.rows = padded_vocab_size
         self.dtype = torch_dtype(config.dtype)
         self.groups = planned_groups(Topology(tp=config.tp))
@@ -151,8 +152,20 @@ class PlannedModel:
         return found
 
     def traced(self, chunk: Chunk) -> Traced:
-        """A micro-batch through a chunk."""
-        key = (*chunk.key, self._batch_shape)
+        """A micro-batch through a chunk.
+
+        What layers keep, need and send is so much and so much more for each sequence, but for a
+        batch of one, which needs fewer copies. So a model that `extrapolates` knows large batches
+        from those of 2 and 3.
+        """
+        batch, length = self._batch_shape
+        if not self.extrapolates or batch <= 3:
+            return self._traced_at(chunk, batch, length)
+        two, three = (self._traced_at(chunk, size, length) for size in (2, 3))
+        return two.extrapolated(three, batch - 2)
+
+    def _traced_at(self, chunk: Chunk, batch: int, length: int) -> Traced:
+        key = (*chunk.key, batch, length)
         if key not in self._traced:
             built = [(layer, self.module(layer)) for layer in chunk.layers]
 
@@ -167,7 +180,7 @@ class PlannedModel:
             modules = [module for _, module in built if isinstance(module, nn.Module)]
             with self._fake:
                 self._traced[key] = run(
-                    forward, lambda: self._input(chunk.layers[0]), modules
+                    forward, lambda: self._input(chunk.layers[0], batch, length), modules
                 )
         return self._traced[key]
 
@@ -217,9 +230,8 @@ class PlannedModel:
     def _batch_shape(self) -> tuple[int, int]:
         return self.config.train_micro_batch_size_per_gpu, self.config.seq_length
 
-    def _input(self, first: Layer) -> Tensor:
+    def _input(self, first: Layer, batch: int, length: int) -> Tensor:
         """What a chunk that begins with this layer is given."""
-        batch, length = self._batch_shape
         if first.index == 0:
             return torch.zeros(batch, length, dtype=torch.long)
         if first.index == 1 or first.index > self.config.num_layers + 2:
