@@ -5,9 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch._subclasses.fake_tensor import FakeTensorMode
-
-from neox.inference.cache import KVCache
 from neox.plan.stages import Chunk, PlannedModel
 from neox.plan.state import Held, held
 from neox.plan.trace import Traced
@@ -139,20 +136,3 @@ def _pipe_buffers(model: PlannedModel, number: int) -> _Buffers:
     came = 0 if splits or is_first else size
     left = model.loss_input_bytes if is_last else sent
     return _Buffers(came + left, sent * ((not is_first) + (not is_last)))
-
-
-def cache_bytes(model: PlannedModel, stage: range, rows: int, length: int, device: str) -> int:
-    """Keys and values of a stage's layers while generating, for `rows` of `length` tokens."""
-    config = model.config
-    blocks = sum(model.is_block(layer) for layer in model.layers[stage.start : stage.stop])
-    with FakeTensorMode():
-        cache = KVCache(
-            num_layers=blocks,
-            rows=rows,
-            kv_heads_local=config.kv_heads // config.tp,
-            max_length=length,
-            head_dim=config.head_dim,
-            dtype=model.dtype,
-            device=device,
-        )
-    return cache.keys_LRKTD.nbytes + cache.values_LRKTD.nbytes

@@ -90,22 +90,8 @@ class PlannedModel:
             with self._fake:
                 module = self._modules[key] = layer.build()
                 if isinstance(module, nn.Module) and layer.layout is not None:
-                    self._fill_eight_bits(module, layer.layout)
+                    fill_eight_bits(module, layer.layout)
         return self._modules[key]
-
-    def _fill_eight_bits(self, module: nn.Module, layout: LayerLayout) -> None:
-        """What a checkpoint would put into the places of 8-bit weights: see `cut`."""
-        for name, place in module.named_modules():
-            if isinstance(place, EightBit):
-                param = layout[name]
-                rows, columns = place.shape
-                group = math.gcd(BLOCK, param.shape[1])  # elements that share a scale
-                if param.split is Split.ROW:
-                    group = math.gcd(group, columns)
-                codes = torch.empty(rows, columns, dtype=torch.uint8)
-                place.assign(
-                    EightBit(codes, torch.empty(rows, columns // group), torch.empty(256))
-                )
 
     def parameters(self, stage: range) -> list[nn.Parameter]:
         """Of a stage, in the order of its layers; those of tied layers once.
@@ -242,3 +228,13 @@ class PlannedModel:
         return torch.empty(size, dtype=self.dtype, requires_grad=True)
 
 
+def fill_eight_bits(module: nn.Module, layout: LayerLayout) -> None:
+    """Put what a checkpoint would into the places of 8-bit weights: see neox.model.quantized."""
+    for name, place in module.named_modules():
+        if isinstance(place, EightBit):
+            rows, columns = place.shape
+            group = math.gcd(BLOCK, layout[name].shape[1])  # elements that share a scale
+            if layout[name].split is Split.ROW:
+                group = math.gcd(group, columns)
+            codes = torch.empty(rows, columns, dtype=torch.uint8)
+            place.assign(EightBit(codes, torch.empty(rows, columns // group), torch.empty(256)))
