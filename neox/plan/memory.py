@@ -28,9 +28,7 @@ class StageMemory:
 
     @property
     def total(self) -> int:
-        return (
-            self.weights + self.gradients + self.optimizer + self.activations + self.temporary
-        )
+        return self.weights + self.gradients + self.optimizer + self.activations + self.temporary
 
 
 def memory(model: PlannedModel) -> list[StageMemory]:

@@ -102,7 +102,9 @@ def show_nearest(found: Candidate | None, tried: Sequence[int]) -> str:
     """Advice for a configuration that does not fit."""
     if found is None:
         return f"nearest     no grid of up to {tried[-1]} devices fits"
-    return f"nearest     {found.name} on {found.config.world_size} devices needs {size(found.needed)}"
+    return (
+        f"nearest     {found.name} on {found.config.world_size} devices needs {size(found.needed)}"
+    )
 
 
 def as_json(plan: Plan, found: Sequence[Candidate]) -> dict[str, Any]:

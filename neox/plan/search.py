@@ -64,9 +64,7 @@ class Models:
 
     def of(self, config: NeoXConfig) -> PlannedModel:
         if config.tp not in self._by_tp:
-            self._by_tp[config.tp] = PlannedModel(
-                config, self.rows(config), on_cpu=self._on_cpu
-            )
+            self._by_tp[config.tp] = PlannedModel(config, self.rows(config), on_cpu=self._on_cpu)
         model = self._by_tp[config.tp].variant(config)
         model.extrapolates = self._extrapolates
         return model
@@ -158,5 +156,3 @@ def nearest(found: Sequence[Candidate], config: NeoXConfig) -> Candidate | None:
         return steps + (c.checkpoint_activations != config.checkpoint_activations), candidate.needed
 
     return min((c for c in found if c.fits), key=distance, default=None)
-
-

@@ -18,6 +18,7 @@ from neox.model.block import TransformerLayer
 from neox.model.frozen import Frozen
 from neox.model.gpt import Layer, layers, partition, torch_dtype
 from neox.model.layout import LayerLayout, Split
+from neox.model.positions import RotaryTable
 from neox.model.quantized import BLOCK, EightBit
 from neox.parallel.groups import ProcessGroups
 from neox.parallel.region import TensorParallelRegion
@@ -47,9 +48,7 @@ class PlannedModel:
     run: memory that is asked for and not used costs nothing on a CPU.
     """
 
-    def __init__(
-        self, config: NeoXConfig, padded_vocab_size: int, *, on_cpu: bool = True
-    ) -> None:
+    def __init__(self, config: NeoXConfig, padded_vocab_size: int, *, on_cpu: bool = True) -> None:
         self.config = config
         self.on_cpu = on_cpu
         self.extrapolates = False  # see `traced`
@@ -57,9 +56,7 @@ class PlannedModel:
         self.dtype = torch_dtype(config.dtype)
         self.groups = planned_groups(Topology(tp=config.tp))
         self._streams = DropoutStreams(config.seed, self.groups)
-        self._region = TensorParallelRegion(
-            self.groups, sequence_parallel=config.sequence_parallel
-        )
+        self._region = TensorParallelRegion(self.groups, sequence_parallel=config.sequence_parallel)
         self._recompute = Recompute(config, self._streams, self._region, self.groups)
         frozen = None
         if config.lora is not None:
@@ -68,6 +65,10 @@ class PlannedModel:
             config, padded_vocab_size, self.dtype, self.groups, self._streams, self._region, frozen
         )
         self._fake = FakeTensorMode()
+        with self._fake:
+            for table in self.layers[2].args:
+                if isinstance(table, RotaryTable):  # made by whichever layer is the first, for all
+                    table.angles(config.seq_length, like=torch.empty(0))
         self._modules: dict[Any, Any] = {}
         self._traced: dict[Any, Traced] = {}
         self.held: dict[Any, Held] = {}  # of neox.plan.memory, by what it depends on

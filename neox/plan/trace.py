@@ -39,7 +39,6 @@ class Traced:
     backward_peak: int  # and the gradient of the output
     messages: Counter[tuple[str, int]]
 
-
     def extrapolated(self, next_one: Traced, steps: int) -> Traced:
         """What comes `steps` times as far from this one as `next_one`, each number for itself."""
 

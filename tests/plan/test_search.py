@@ -32,8 +32,7 @@ def test_grids_are_those_that_the_checks_let_pass() -> None:
     assert {c.train_batch_size for c in found} == {config.train_batch_size} == {16}
     assert all(c.tp * c.pp * c.dp == 8 and 4 % c.pp == 0 and 4 % c.tp == 0 for c in found)
     assert all(
-        c.dp * c.train_micro_batch_size_per_gpu * c.gradient_accumulation_steps == 16
-        for c in found
+        c.dp * c.train_micro_batch_size_per_gpu * c.gradient_accumulation_steps == 16 for c in found
     )
     shapes = {(c.tp, c.pp) for c in found}
     # 4 heads and 4 layers; 8 divides neither.
