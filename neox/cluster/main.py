@@ -10,6 +10,7 @@ from pathlib import Path
 
 from neox import log
 from neox.cluster.arguments import DEFAULT_CONFIG, Arguments, parse
+from neox.cluster.execute import execute_plan
 from neox.cluster.hosts import cores
 from neox.cluster.launch import find_devices, launch, make_plan, run_started
 from neox.cluster.place import Started, find_started
@@ -37,6 +38,9 @@ def exit_status(run: Callable[[], int]) -> int:
 
 
 def _run(arguments: Arguments) -> int:
+    if arguments.entry_point == "plan" and not arguments.dry_run:
+        execute_plan(_load(arguments, arguments.devices), arguments.plan)
+        return 0
     started = None if arguments.dry_run else find_started(os.environ)
     if started is None:
         config = _load(arguments, _find_devices_elsewhere if arguments.dry_run else find_devices)
@@ -59,7 +63,9 @@ def _run_one(arguments: Arguments, started: Started) -> int:
     return run_started(arguments.entry_point, arguments.script, config, started)
 
 
-def _load(arguments: Arguments, world_size: Callable[[NeoXConfig], Devices | None]) -> NeoXConfig:
+def _load(
+    arguments: Arguments, world_size: int | Callable[[NeoXConfig], Devices | None] | None
+) -> NeoXConfig:
     files = arguments.files
     if not files:
         log.info("no configuration file given: using configs/20B.yml")
@@ -71,7 +77,7 @@ def _load(arguments: Arguments, world_size: Callable[[NeoXConfig], Devices | Non
         purpose=arguments.entry_point,
         world_size=world_size,
         # Somebody may look here at what is to run elsewhere.
-        check_files=not arguments.dry_run,
+        check_files=not (arguments.dry_run or arguments.entry_point == "plan"),
     )
 
 

@@ -49,11 +49,11 @@ class MadgradWD(Optimizer):
             state["step"] = torch.zeros(())
             state["grad_sum_sq"] = torch.zeros_like(parameter)
             state["s"] = torch.zeros_like(parameter)
-        rate = group["lr"] + eps
-        scale = rate * (float(state["step"]) + 1) ** 0.5
         squares, total = state["grad_sum_sq"], state["s"]
         if momentum and "x0" not in state:
             state["x0"] = torch.addcdiv(parameter, total, squares.pow(1 / 3).add_(eps))
+        rate = group["lr"] + eps
+        scale = rate * (float(state["step"]) + 1) ** 0.5
         parameter.mul_(1 - rate * group["weight_decay"])
         if momentum:
             first = state["x0"]

@@ -29,6 +29,7 @@ class ProcessGroups:
     pp_group: dist.ProcessGroup | None = None
     dp_group: dist.ProcessGroup | None = None
     replica_group: dist.ProcessGroup | None = None  # the tp x pp ranks that hold one model
+    planned: bool = False  # nobody computes: layers are plain ones of a rank's shapes
 
     @classmethod
     def single(cls, device: torch.device | str = "cpu") -> ProcessGroups:

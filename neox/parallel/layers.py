@@ -76,6 +76,18 @@ class Embedding(nn.Embedding):
         """Nothing: see the module's docstring."""
 
 
+class PlannedEmbedding(Embedding):
+    """A rank's rows of a table, for a plan: what megatron-core's layer keeps and sends."""
+
+    groups: ProcessGroups
+
+    def forward(self, tokens: Tensor, *, reduce: bool = True) -> Tensor:
+        elsewhere = (tokens < 0) | (tokens >= self.num_embeddings)
+        found = super().forward(tokens.masked_fill(elsewhere, 0))
+        summand = found.masked_fill(elsewhere[..., None], 0.0)
+        return reduce_from_tensor_parallel(summand, self.groups) if reduce else summand
+
+
 def column_linear(
     in_size: int,
     out_size: int,
@@ -88,8 +100,8 @@ def column_linear(
     At tp > 1 the gradient of the input is this rank's summand only: the caller reduces it
     (`copy_to_tensor_parallel`, neox.parallel.region).
     """
-    if groups.tp == 1:
-        return Linear(in_size, out_size, bias, dtype=dtype)
+    if groups.tp == 1 or groups.planned:
+        return Linear(in_size, out_size // groups.tp, bias, dtype=dtype)
     from neox.parallel import megatron
 
     assert groups.tp_group is not None
@@ -100,8 +112,8 @@ def row_linear(
     in_size: int, out_size: int, bias: bool, dtype: torch.dtype, groups: ProcessGroups
 ) -> nn.Module:
     """The weight [out_size, in_size / tp] and bias of a product that the caller sums over ranks."""
-    if groups.tp == 1:
-        return Linear(in_size, out_size, bias, dtype=dtype)
+    if groups.tp == 1 or groups.planned:
+        return Linear(in_size // groups.tp, out_size, bias, dtype=dtype)
     from neox.parallel import megatron
 
     assert groups.tp_group is not None
@@ -114,6 +126,10 @@ def vocab_embedding(
     """Token ids [...] -> [..., hidden_size]; the table's rows are split over the ranks."""
     if groups.tp == 1:
         return Embedding(vocab_size, hidden_size, dtype=dtype)
+    if groups.planned:
+        table = PlannedEmbedding(vocab_size // groups.tp, hidden_size, dtype=dtype)
+        table.groups = groups
+        return table
     from neox.parallel import megatron
 
     assert groups.tp_group is not None
@@ -122,12 +138,7 @@ def vocab_embedding(
 
 def reduce_from_tensor_parallel(x: Tensor, groups: ProcessGroups) -> Tensor:
     """Sum of every rank's x; its gradient passes through. One all-reduce forward, none backward."""
-    if groups.tp == 1:
-        return x
-    from neox.parallel import megatron
-
-    assert groups.tp_group is not None
-    return megatron.reduce(x, groups.tp_group)
+    return x if groups.tp == 1 else _SumOverTensorParallel.apply(groups.tp_group, x)
 
 
 def gather_from_tensor_parallel(x: Tensor, groups: ProcessGroups) -> Tensor:
@@ -142,6 +153,18 @@ def gather_from_tensor_parallel(x: Tensor, groups: ProcessGroups) -> Tensor:
 def copy_to_tensor_parallel(x: Tensor, groups: ProcessGroups) -> Tensor:
     """The same tensor; its gradient is summed over the ranks. One all-reduce backward."""
     return x if groups.tp == 1 else _CopyToTensorParallel.apply(groups.tp_group, x)
+
+
+class _SumOverTensorParallel(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, group: dist.ProcessGroup, x: Tensor) -> Tensor:
+        x = x.contiguous()
+        dist.all_reduce(x, group=group)  # in place: a summand is of no further use
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor]:
+        return None, grads[0]
 
 
 class _CopyToTensorParallel(torch.autograd.Function):

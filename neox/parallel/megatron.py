@@ -108,8 +108,3 @@ def vocab_parallel_embedding(
     return VocabParallelEmbedding(
         vocab_size, hidden_size, config=_config(dtype), init_method=_no_init, tp_group=group
     )
-
-
-def reduce(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """All-reduce forward, identity backward."""
-    return tensor_parallel.reduce_from_tensor_model_parallel_region(x, group=group)

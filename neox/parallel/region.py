@@ -106,7 +106,9 @@ class _Enter(torch.autograd.Function):
         else:
             whole = torch.cat([grad_x.reshape(-1), *flat])
             dist.all_reduce(whole, group=ctx.group)
-            shard, summed = whole[: grad_x.numel()].view_as(grad_x), whole[grad_x.numel() :]
+            shard = whole[: grad_x.numel()].view_as(grad_x)
+            # In memory of their own: parameters keep their gradients, and x's would stay with them.
+            summed = whole[grad_x.numel() :].clone()
         pieces = summed.split([grad.numel() for grad in riders]) if riders else ()
         return (
             *(None, None, shard),

@@ -1,0 +1,92 @@
+"""Weights, gradients and optimizer state of a plan are those of real ranks, to the byte."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from neox.parallel.topology import Topology
+from neox.plan.memory import memory, of_replica
+from neox.plan.stages import PlannedModel
+from neox.plan.trace import planned_world
+from tests.engine.test_grids import NO_PIPELINE, ZERO_1, ZERO_2
+from tests.models import VOCAB, write_model
+from tests.plan.runs import Case, HeldBytes, configuration, held_by_ranks
+from tests.world import World
+
+BF16 = {"precision": "bfloat16"}
+TIED = {"no_weight_tying": False}
+# Sizes that ZeRO has to fill up.
+ODD = {"hidden_size": 18, "num_attention_heads": 2, "pos_emb": "none", "num_layers": 3}
+ODD_2 = ODD | {"num_layers": 2, "use_bias_in_attn_linear": False}
+
+CASES: list[Case] = [
+    (Topology(), NO_PIPELINE),
+    (Topology(), ZERO_1 | TIED),
+    (Topology(), BF16),
+    (Topology(), NO_PIPELINE | {"use_bnb_optimizer": True, "hidden_size": 64}),
+    (Topology(tp=2), NO_PIPELINE | ZERO_1),
+    (Topology(tp=2), {}),
+    (Topology(tp=2), BF16 | TIED),
+    (Topology(pp=2), {}),
+    (Topology(pp=2), ZERO_1 | TIED),
+    (Topology(pp=2), BF16),
+    (Topology(pp=2), {"num_layers": 3, "pipe_partition_method": "parameters"} | ZERO_1),
+    (Topology(pp=2), {"num_layers": 5, "pipe_partition_method": "uniform"}),
+    (Topology(pp=2), {"num_layers": 6, "pipe_partition_method": "type:norm|transformer"}),
+    (Topology(dp=2), NO_PIPELINE),
+    (Topology(dp=2), ZERO_1 | ODD),
+    (Topology(dp=2), BF16 | ODD),
+    (Topology(dp=2), ZERO_2 | TIED),
+    (Topology(dp=2), ZERO_2 | BF16),
+    (Topology(dp=2), NO_PIPELINE | {"optimizer": {"type": "Lion", "params": {"lr": 0.01}}}),
+    (Topology(dp=2), ZERO_1 | {"optimizer": {"type": "madgrad_wd", "params": {"lr": 0.01}}}),
+    (Topology(pp=2, tp=2), ZERO_1 | TIED),
+    (Topology(pp=2, tp=2), BF16),
+    (Topology(dp=2, tp=2), ZERO_1 | {"gpt_j_residual": False, "norm": "rmsnorm"}),
+    (Topology(dp=2, tp=2), ZERO_2 | BF16),
+    (Topology(pp=2, dp=2), BF16 | TIED),
+    (Topology(pp=2, dp=2), ZERO_1 | ODD_2),
+    (Topology(dp=4), ZERO_1 | ODD),
+    (Topology(dp=4), NO_PIPELINE | BF16 | ODD),
+]
+
+
+LORA = {"lora": {"rank": 4}}
+ADAPTED: list[Case] = [
+    (Topology(), LORA | NO_PIPELINE),
+    (Topology(), LORA | {"load_in_8bit": True}),
+    (Topology(tp=2), LORA | {"load_in_8bit": True}),
+    (Topology(pp=2), LORA | BF16),
+    (Topology(dp=2), {"lora": {"rank": 4, "biases": True, "norms": True}} | ZERO_1),
+]
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_every_rank_holds_what_was_planned(world: World, size: int) -> None:
+    check(world, size, [case for case in CASES if case[0].world_size == size])
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_frozen_weights_and_adapters(world: World, size: int, tmp_path: Path) -> None:
+    write_model(tmp_path, 1)
+    load = {"load": str(tmp_path / "global_step1"), "finetune": True}
+    check(world, size, [(grid, v | load) for grid, v in ADAPTED if grid.world_size == size])
+
+
+def check(world: World, size: int, cases: list[Case]) -> None:
+    by_rank = world.run(size, held_by_ranks, cases, timeout=300.0)
+    for (topology, values), *ranks in zip(cases, *by_rank, strict=True):
+        with planned_world():
+            model = PlannedModel(configuration(topology, values), VOCAB)
+            stages = memory(model)
+            for rank, found in enumerate(ranks):
+                at = topology.coordinate(rank)
+                one = of_replica(model, model.stages()[at.pp], at.dp)
+                planned = HeldBytes(one.weights, one.gradients, one.optimizer)
+                assert found == planned, f"{topology} {values} rank {rank}"
+        for number, stage in enumerate(stages):  # what is shown is what the fullest replica has
+            mine = [held for r, held in enumerate(ranks) if topology.coordinate(r).pp == number]
+            most = HeldBytes(*map(max, zip(*mine, strict=True)))
+            assert most == (stage.weights, stage.gradients, stage.optimizer)
