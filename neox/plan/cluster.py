@@ -24,8 +24,8 @@ GIGA, TERA, MICRO = 1e9, 1e12, 1e-6
 class Reached:
     """The share of what a device or link can do that a training reaches.
 
-    The defaults are fitted to three published runs by benchmarks/published_runs.py, which checks
-    them with others.
+    CALIBRATED is fitted to published runs by benchmarks/published_runs.py, which checks it
+    with others.
     """
 
     products: float = 1.0  # of the peak arithmetic rate, in matrix products
@@ -33,7 +33,7 @@ class Reached:
     links: float = 1.0  # of a link's bandwidth, in collectives and sends
 
 
-CALIBRATED = Reached(products=0.7, memory=0.9, links=0.7)
+CALIBRATED = Reached(products=0.719, memory=0.796, links=0.837)
 
 
 @dataclass(frozen=True)
@@ -86,10 +86,6 @@ class Cluster:
     def memory_rate(self) -> float:
         """Bytes/s that element-wise work reaches."""
         return self.bandwidth * self.reached.memory
-
-    def seconds_to_send(self, link: Link, size: float) -> float:
-        """One message of `size` bytes between two devices."""
-        return link.latency + size / (link.bandwidth * self.reached.links)
 
 
 def built_in() -> list[str]:
