@@ -19,7 +19,7 @@ ORDER = [
     ["model"],
     ["checkpoint", "data", "tokenizer"],
     ["engine", "inference"],
-    ["train", "evaluation", "serving", "cluster"],
+    ["train", "evaluation", "serving", "cluster", "plan"],
     ["entrypoints"],
 ]
 STEP = {package: step for step, packages in enumerate(ORDER) for package in packages}
@@ -27,7 +27,7 @@ STEP = {package: step for step, packages in enumerate(ORDER) for package in pack
 # Where a library may be imported: modules or packages. Any other is not to be used at all.
 ABOVE_CONFIG = tuple(f"neox.{package}" for packages in ORDER[2:] for package in packages)
 DOORS = {
-    "yaml": ("neox.config",),
+    "yaml": ("neox.config", "neox.plan.cluster"),
     "tqdm": ("neox.log", "neox.evaluation.adapter"),  # there for the type of a bar
     "torch": (*ABOVE_CONFIG, "neox.kernels"),
     # neox.inference.logits: arrays in and out, for other programs

@@ -8,7 +8,7 @@ import difflib
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import neox
 from neox.config import NeoXConfig, Override
@@ -24,14 +24,15 @@ ENTRY_POINTS: dict[str, Purpose] = {
     "evaluate.py": "evaluate",
     "eval.py": "evaluate",
     "serve.py": "serve",
+    "plan.py": "plan",
 }
 
 _DESCRIPTION = """\
-Train, generate from, evaluate or serve a GPT-NeoX model described by NeoX YAML files."""
+Train, generate from, evaluate, serve or plan a GPT-NeoX model described by NeoX YAML files."""
 
 _EPILOG = """\
-USER_SCRIPT is train.py, generate.py, evaluate.py (also eval.py) or serve.py, or the path of your
-own script, which finds its configuration through the environment variable NEOX_CONFIG_FILE.
+USER_SCRIPT is train.py, generate.py, evaluate.py (also eval.py), serve.py or plan.py, or the path
+of your own script, which finds its configuration through the variable NEOX_CONFIG_FILE.
 CONF may do without its suffix: 125M is 125M.yml. Without any CONF, configs/20B.yml is used.
 
 examples:
@@ -41,6 +42,7 @@ examples:
   ./deepy.py generate.py configs/20B.yml -i prompts.txt -o samples.jsonl
   ./deepy.py evaluate.py configs/20B.yml --eval_tasks lambada piqa --num_fewshot 5
   ./deepy.py serve.py configs/20B.yml                           OpenAI's API, and a page
+  ./deepy.py plan.py configs/20B.yml --devices 96 --search      memory, messages, other grids
   ./deepy.py train.py configs/20B.yml --dry_run                 the configuration, nothing runs
 """
 
@@ -55,6 +57,8 @@ class Arguments:
     files: tuple[Path, ...] = ()
     overrides: dict[str, Override] = dataclasses.field(default_factory=dict)
     dry_run: bool = False
+    devices: int | None = None  # of a plan
+    plan: dict[str, Any] = dataclasses.field(default_factory=dict)  # what else it is asked
 
 
 class _Parser(argparse.ArgumentParser):
@@ -85,7 +89,20 @@ def parse(argv: Sequence[str]) -> Arguments:
         files=tuple(map(Path, [*given.conf_file, *confs])),
         overrides=_overrides(given, tasks),
         dry_run=given.dry_run,
+        devices=given.devices,
+        plan=_plan_options(given, entry_point),
     )
+
+
+def _plan_options(given: argparse.Namespace, entry_point: Purpose | None) -> dict[str, Any]:
+    """What plan.py is asked. ConfigError when another entry point is, or devices are too few."""
+    names = ("cluster", "search", "vocab_size", "json")
+    asked = [n for n in (*names, "devices") if getattr(given, n) not in (None, False)]
+    if asked and entry_point != "plan":
+        raise ConfigError(f"--{asked[0]} is for plan.py: ./deepy.py plan.py CONF --{asked[0]} ...")
+    if given.devices is not None and given.devices < 1:
+        raise ConfigError(f"--devices is {given.devices}, but a run has one or more.")
+    return {name: getattr(given, name) for name in names}
 
 
 def _build_parser() -> _Parser:
@@ -147,6 +164,14 @@ def _build_parser() -> _Parser:
     add("--apply_chat_template", action="store_true", default=None, help="prompts as conversations")
     add("--fewshot_as_multiturn", action="store_true", default=None, help="examples as turns")
     add("--system_instruction", metavar="TEXT", help="what prompts begin with")
+
+    plan = parser.add_argument_group("plan.py")
+    add = plan.add_argument
+    add("--devices", metavar="N", type=int, help="ranks of the run (default: as few as it takes)")
+    add("--cluster", metavar="FILE", help="what it is to run on: a YAML file, a name, or here")
+    add("--search", action="store_true", help="every grid of as many devices, the best ones first")
+    add("--vocab_size", metavar="N", type=int, help="tokens of a tokenizer that is not here")
+    add("--json", metavar="FILE", help="where the plan goes as JSON, too")
 
     wandb = parser.add_argument_group("Weights & Biases")
     add = wandb.add_argument

@@ -9,6 +9,7 @@ import socket
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from neox import log
 from neox.cluster.hosts import cores
@@ -82,3 +83,12 @@ def execute(job: Job, config: NeoXConfig, config_file: Path | None, place: Place
     groups = initialize(Topology(config.pp, replicas, config.tp), backend, device)
     entry_point.main(config, groups)
     shutdown(groups)
+
+
+def execute_plan(config: NeoXConfig, options: dict[str, Any]) -> None:
+    """Plan a run in this process, which launches nothing and uses no device."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch is imported: no library may look
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    log.quiet_third_parties()
+    entry_point = importlib.import_module("neox.entrypoints.plan")
+    entry_point.main(config, entry_point.Options(**options))

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from neox import log
 from neox.cluster.arguments import DEFAULT_CONFIG, Arguments, parse
+from neox.cluster.execute import execute_plan
 from neox.cluster.launch import find_devices, launch, make_plan
 from neox.config import Devices, NeoXConfig, load_config
 from neox.errors import NeoXError
@@ -39,6 +40,17 @@ def _run(arguments: Arguments) -> int:
     if not files:
         log.info("no configuration file given: using configs/20B.yml")
         files = (DEFAULT_CONFIG,)
+    if arguments.entry_point == "plan" and not arguments.dry_run:
+        config = load_config(
+            files,
+            arguments.overrides,
+            conf_dir=arguments.conf_dir,
+            purpose="plan",
+            world_size=arguments.devices,
+            check_files=False,
+        )
+        execute_plan(config, arguments.plan)
+        return 0
     config = load_config(
         files,
         arguments.overrides,

@@ -27,7 +27,7 @@ from neox.config.idle import idle_keys
 from neox.config.values import Misfit, fit, show
 from neox.errors import ConfigError
 
-Purpose = Literal["train", "generate", "evaluate", "serve", "logits"]
+Purpose = Literal["train", "generate", "evaluate", "serve", "logits", "plan"]
 _CROSS_CHECKS = [
     module.CHECKS for module in (agreement, data_checks, optimizer_checks, frozen_checks, needs)
 ]
@@ -196,7 +196,7 @@ def _settle(draft: Draft, purpose: Purpose | None, world_size: WorldSize) -> Neo
             draft.bad.add("world_size")
             world_size = None
         config = _build(draft)
-    settle_sizes(draft, config, world_size, strict=purpose == "train")
+    settle_sizes(draft, config, world_size, strict=purpose in ("train", "plan"))
     config = _build(draft)
     for checks in _CROSS_CHECKS:
         for key, message in list(checks.run(config, purpose, draft.bad)):

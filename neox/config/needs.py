@@ -44,7 +44,9 @@ def _training_has_an_end(config: NeoXConfig) -> Findings:
         )
 
 
-@CHECKS.reading("sequence_parallel", "model_parallel_size", "seq_length", purposes=("train",))
+@CHECKS.reading(
+    "sequence_parallel", "model_parallel_size", "seq_length", purposes=("train", "plan")
+)
 def _shards_divide_sequence(config: NeoXConfig) -> Findings:
     tp, length = config.model_parallel_size, config.seq_length
     if config.sequence_parallel and length % tp:

@@ -43,9 +43,16 @@ def memory(model: PlannedModel) -> list[StageMemory]:
 
 def of_replica(model: PlannedModel, stage: range, dp_rank: int | None = None) -> Held:
     """Weights, gradients and optimizer state of a rank of a stage; see neox.plan.state.held."""
-    return held(
-        model.config, model.parameters(stage), model.buffer_bytes(stage), dp_rank
-    )
+    key = (stage, model.topology, model.config.is_pipe_parallel, dp_rank)
+    if key not in model.held:
+        model.held[key] = held(
+            model.config,
+            model.parameters(stage),
+            model.buffer_bytes(stage),
+            dp_rank,
+            on_cpu=model.on_cpu,
+        )
+    return model.held[key]
 
 
 def in_flight(config_pp: int, stage: int, micro_batches: int) -> int:

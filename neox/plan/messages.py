@@ -13,13 +13,13 @@ from collections.abc import Iterator, Sequence
 from neox.engine.optimizers import parameter_groups
 from neox.model.gpt import torch_dtype
 from neox.model.layout import LayerLayout
+from neox.plan.memory import of_replica
 from neox.plan.stages import PlannedModel
 from neox.plan.state import (
     accumulation_dtype,
     communication_dtype,
     flat_size,
     has_bfloat16_optimizer,
-    held,
     zero_setting,
 )
 from neox.plan.work import Group, Message, Operation, StageWork, Work
@@ -189,7 +189,7 @@ def _tied_bytes(model: PlannedModel) -> int:
 def _touched(model: PlannedModel, stage: range) -> int:
     """Bytes that a step of the optimizer reads and writes, at least: state and masters both ways,
     gradients, and the weights that it writes."""
-    own = held(model.config, model.parameters(stage), 0)
+    own = of_replica(model, stage)
     return 2 * (own.optimizer + own.host) + own.gradients + own.weights
 
 

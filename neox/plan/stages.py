@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import groupby
 from typing import Any
 
@@ -23,6 +23,7 @@ from neox.parallel.groups import ProcessGroups
 from neox.parallel.region import TensorParallelRegion
 from neox.parallel.rng import DropoutStreams
 from neox.parallel.topology import Topology
+from neox.plan.state import Held
 from neox.plan.trace import Traced, planned_groups, run
 
 
@@ -42,11 +43,15 @@ class Chunk:
 class PlannedModel:
     """The layers as they are on a rank of `config.tp`, of which each kind is built once.
 
-    Its modules hold tensors without contents. Inside `planned_world`.
+    Its modules hold tensors without contents. Inside `planned_world`. `on_cpu` says where it is to
+    run: memory that is asked for and not used costs nothing on a CPU.
     """
 
-    def __init__(self, config: NeoXConfig, padded_vocab_size: int) -> None:
+    def __init__(
+        self, config: NeoXConfig, padded_vocab_size: int, *, on_cpu: bool = True
+    ) -> None:
         self.config = config
+        self.on_cpu = on_cpu
         self.rows = padded_vocab_size
         self.dtype = torch_dtype(config.dtype)
         self.groups = planned_groups(Topology(tp=config.tp))
@@ -64,6 +69,18 @@ class PlannedModel:
         self._fake = FakeTensorMode()
         self._modules: dict[Any, Any] = {}
         self._traced: dict[Any, Traced] = {}
+        self.held: dict[Any, Held] = {}  # of neox.plan.memory, by what it depends on
+
+    def variant(self, config: NeoXConfig) -> PlannedModel:
+        """The same model with the same tp on another grid, with other batches or recomputation.
+
+        What is known of one is known of the other.
+        """
+        assert (config.tp, config.dtype) == (self.config.tp, self.config.dtype)
+        other = copy.copy(self)
+        other.config = config
+        other._recompute = Recompute(config, self._streams, self._region, self.groups)
+        return other
 
     def module(self, layer: Layer) -> Any:
         """The layer's module without contents, or its function."""
@@ -135,7 +152,8 @@ class PlannedModel:
 
     def traced(self, chunk: Chunk) -> Traced:
         """A micro-batch through a chunk."""
-        if chunk.key not in self._traced:
+        key = (*chunk.key, self._batch_shape)
+        if key not in self._traced:
             built = [(layer, self.module(layer)) for layer in chunk.layers]
 
             def walk(x: Tensor) -> Tensor:
@@ -148,14 +166,20 @@ class PlannedModel:
 
             modules = [module for _, module in built if isinstance(module, nn.Module)]
             with self._fake:
-                self._traced[chunk.key] = run(
+                self._traced[key] = run(
                     forward, lambda: self._input(chunk.layers[0]), modules
                 )
-        return self._traced[chunk.key]
+        return self._traced[key]
 
-    @cached_property
+    @property
     def head(self) -> Traced:
         """A micro-batch through the output projection and the loss, backward too."""
+        key = ("head", self._batch_shape)
+        if key not in self._traced:
+            self._traced[key] = self._trace_head()
+        return self._traced[key]
+
+    def _trace_head(self) -> Traced:
         layer = self.layers[-1]
         with torch.device("meta"):  # reads the loss's value only where there is one
             module = layer.build()

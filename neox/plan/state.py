@@ -93,6 +93,8 @@ def held(
     parameters: Sequence[nn.Parameter],
     frozen_bytes: int,
     dp_rank: int | None = None,
+    *,
+    on_cpu: bool = True,
 ) -> Held:
     """Of a rank with these parameters, and `frozen_bytes` of weights in other forms.
 
@@ -112,7 +114,7 @@ def held(
         for group in parameter_groups(trained, config.weight_decay)
     ]
     if stage == 3:
-        return _sharded(config, groups, rest, size)
+        return _sharded(config, groups, rest, size, on_cpu)
     flat = [flat_size(group, config, size) for group in groups]
     parts = [numel // config.dp for numel in flat]
     masters = 4 * sum(parts) + state_bytes(config, parts, torch.float32)
@@ -130,7 +132,7 @@ def held(
     else:
         gradients = accumulated * whole
         step = accumulated * sum(parts) + 4 * max(parts)
-    bucket = _bucket(config, whole, size if stage == 2 else accumulated)
+    bucket = _bucket(config, whole, size if stage == 2 else accumulated, on_cpu)
     if offloads(config, "offload_optimizer"):
         largest = max(p.numel() for p in trained)
         host = masters + (4 + size) * sum(parts) + size * largest
@@ -155,7 +157,7 @@ def _owned_whole(groups: Sequence[Sequence[int]], parts: Sequence[int], dp_rank:
 
 
 def _sharded(
-    config: NeoXConfig, groups: Sequence[Sequence[int]], rest: int, size: int
+    config: NeoXConfig, groups: Sequence[Sequence[int]], rest: int, size: int, on_cpu: bool
 ) -> Held:
     """ZeRO 3: each weight is cut for itself, and filled up to a multiple of dp."""
     numels = [numel for group in groups for numel in group]
@@ -167,12 +169,12 @@ def _sharded(
     accumulated = accumulation_dtype(config).itemsize
     held_on_host = masters if offloads(config, "offload_optimizer") else 0
     weights = rest + whole + size * sum(parts)
-    bucket = _bucket(config, sum(numels), size)
+    bucket = _bucket(config, sum(numels), size, on_cpu)
     gradients = accumulated * sum(parts)
     return Held(weights, gradients, masters - held_on_host, held_on_host, bucket)
 
 
-def _bucket(config: NeoXConfig, numel: int, size: int) -> int:
+def _bucket(config: NeoXConfig, numel: int, size: int, on_cpu: bool) -> int:
     """The buffers in which ZeRO 1 and 2 reduce: of the size asked for, whatever there is for them.
 
     On a CPU, the system gives memory for what is written only.
@@ -181,7 +183,7 @@ def _bucket(config: NeoXConfig, numel: int, size: int) -> int:
         return 0
     twice = zero_setting(config, "overlap_comm", False) and not config.is_pipe_parallel
     asked = int(zero_setting(config, "reduce_bucket_size", _DEFAULT_BUCKET))
-    return size * asked * (2 if twice else 1)
+    return size * (min(asked, numel) if on_cpu else asked) * (2 if twice else 1)
 
 
 def state_bytes(config: NeoXConfig, numels: Sequence[int], dtype: torch.dtype) -> int:
