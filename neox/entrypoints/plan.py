@@ -14,7 +14,8 @@ from neox.config import NeoXConfig
 from neox.errors import ConfigError, DataError
 from neox.model.gpt import count_parameters
 from neox.plan.cluster import Cluster, load_cluster
-from neox.plan.memory import cache_bytes, memory
+from neox.plan.generation import generation
+from neox.plan.memory import memory
 from neox.plan.messages import work
 from neox.plan.report import Plan, as_json, show, show_nearest, show_search
 from neox.plan.search import Candidate, Models, Seconds, nearest, search
@@ -56,13 +57,15 @@ def main(config: NeoXConfig, options: Options) -> None:
             tried, best = _nearest(models, config, cluster, found)
             print(f"\n{show_nearest(best, tried)}")
     if options.json is not None:
-        write_text(Path(options.json), json.dumps(as_json(plan, found), indent=1) + "\n")
+        try:
+            write_text(Path(options.json), json.dumps(as_json(plan, found), indent=1) + "\n")
+        except OSError as error:
+            raise ConfigError(f"--json {options.json} cannot be written: {error}") from None
 
 
 def _plan(models: Models, config: NeoXConfig, cluster: Cluster | None, room: float) -> Plan:
     model = models.of(config)
     rows = models.rows(config)
-    device = "cpu" if _is_cpu(cluster) else "cuda"
     done = work(model)
     return Plan(
         config=config,
@@ -70,9 +73,7 @@ def _plan(models: Models, config: NeoXConfig, cluster: Cluster | None, room: flo
         device=cluster.device if cluster else "this machine's memory",
         memory=room,
         stages=memory(model),
-        caches=[
-            cache_bytes(model, stage, 1, config.seq_length, device) for stage in model.stages()
-        ],
+        generation=generation(model),
         work=done,
         time=_time(config, rows, done, cluster) if cluster else {},
     )

@@ -5,9 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch._subclasses.fake_tensor import FakeTensorMode
-
-from neox.inference.cache import KVCache
 from neox.plan.stages import Chunk, PlannedModel
 from neox.plan.state import Held, held
 from neox.plan.trace import Traced
@@ -31,9 +28,7 @@ class StageMemory:
 
     @property
     def total(self) -> int:
-        return (
-            self.weights + self.gradients + self.optimizer + self.activations + self.temporary
-        )
+        return self.weights + self.gradients + self.optimizer + self.activations + self.temporary
 
 
 def memory(model: PlannedModel) -> list[StageMemory]:
@@ -58,6 +53,19 @@ def of_replica(model: PlannedModel, stage: range, dp_rank: int | None = None) ->
 def in_flight(config_pp: int, stage: int, micro_batches: int) -> int:
     """Micro-batches whose activations a stage holds at once, by the 1F1B schedule."""
     return min(config_pp - stage, micro_batches)
+
+
+def least(model: PlannedModel, *, activations: bool) -> int:
+    """Bytes that the fullest rank needs at least, soon known: of state, or with what is kept."""
+    found = []
+    for number, stage in enumerate(model.stages()):
+        own = of_replica(model, stage)
+        found.append(own.weights + own.gradients + own.optimizer)
+        if activations:
+            flying = in_flight(model.config.pp, number, model.config.gradient_accumulation_steps)
+            traced = [(chunk, model.traced(chunk)) for chunk in model.chunks(stage)]
+            found[-1] += flying * _walk(model, traced, is_last=False)[0]
+    return max(found)
 
 
 def _of_stage(model: PlannedModel, number: int, stage: range) -> StageMemory:
@@ -126,20 +134,3 @@ def _pipe_buffers(model: PlannedModel, number: int) -> _Buffers:
     came = 0 if splits or is_first else size
     left = model.loss_input_bytes if is_last else sent
     return _Buffers(came + left, sent * ((not is_first) + (not is_last)))
-
-
-def cache_bytes(model: PlannedModel, stage: range, rows: int, length: int, device: str) -> int:
-    """Keys and values of a stage's layers while generating, for `rows` of `length` tokens."""
-    config = model.config
-    blocks = sum(model.is_block(layer) for layer in model.layers[stage.start : stage.stop])
-    with FakeTensorMode():
-        cache = KVCache(
-            num_layers=blocks,
-            rows=rows,
-            kv_heads_local=config.kv_heads // config.tp,
-            max_length=length,
-            head_dim=config.head_dim,
-            dtype=model.dtype,
-            device=device,
-        )
-    return cache.keys_LRKTD.nbytes + cache.values_LRKTD.nbytes

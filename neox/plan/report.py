@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from neox.config import NeoXConfig
+from neox.plan.generation import Generation
 from neox.plan.memory import StageMemory
 from neox.plan.search import LIBRARIES, Candidate
 from neox.plan.work import Work
@@ -33,7 +34,7 @@ class Plan:
     device: str  # what a rank runs on
     memory: float  # bytes of it
     stages: Sequence[StageMemory]
-    caches: Sequence[int]  # of each stage: keys and values of one sequence while generating
+    generation: Sequence[Generation]  # by stage
     work: Work
     time: dict[str, float]  # what neox.plan.time says, by name; empty without a cluster
 
@@ -66,8 +67,9 @@ def show(plan: Plan) -> str:
         "messages of a rank in one step",
         *_message_table(plan.work),
         "",
-        "to generate: keys and values of a sequence of "
-        f"{config.seq_length} tokens take {size(max(plan.caches))} of a rank",
+        f"to generate, a rank holds {size(max(one.weights for one in plan.generation))} of weights "
+        f"and {size(max(one.cache for one in plan.generation))} of keys and values for each "
+        f"sequence of {config.seq_length} tokens",
     ]
     if plan.time:
         lines += ["", "time", *_table([[name, _number(v)] for name, v in plan.time.items()])]
@@ -100,7 +102,9 @@ def show_nearest(found: Candidate | None, tried: Sequence[int]) -> str:
     """Advice for a configuration that does not fit."""
     if found is None:
         return f"nearest     no grid of up to {tried[-1]} devices fits"
-    return f"nearest     {found.name} on {found.config.world_size} devices needs {size(found.needed)}"
+    return (
+        f"nearest     {found.name} on {found.config.world_size} devices needs {size(found.needed)}"
+    )
 
 
 def as_json(plan: Plan, found: Sequence[Candidate]) -> dict[str, Any]:
@@ -122,11 +126,11 @@ def as_json(plan: Plan, found: Sequence[Candidate]) -> dict[str, Any]:
             {
                 **dataclasses.asdict(memory),
                 "total": memory.total,
-                "cache_of_one_sequence": cache,
+                "generation": dataclasses.asdict(generation),
                 "work": dataclasses.asdict(work),
             }
-            for memory, cache, work in zip(
-                plan.stages, plan.caches, plan.work.stages, strict=True
+            for memory, generation, work in zip(
+                plan.stages, plan.generation, plan.work.stages, strict=True
             )
         ],
         "search": [

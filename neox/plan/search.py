@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -10,13 +11,13 @@ from dataclasses import dataclass
 from neox.config import NeoXConfig, agreement, needs
 from neox.config.arithmetic import divisors
 from neox.model.layout import pad_vocab_size
-from neox.plan.memory import memory, of_replica
+from neox.plan.memory import least, memory
 from neox.plan.messages import work
 from neox.plan.stages import PlannedModel
 from neox.plan.work import Work
 
 LIBRARIES = 10**9  # bytes of a device for CUDA's context and the libraries', which differ
-LARGEST_MICRO_BATCH = 16
+LARGEST_MICRO_BATCH = 32  # but for a larger one that is given
 _KEYS = (
     *("model_parallel_size", "pipe_parallel_size", "train_micro_batch_size_per_gpu"),
     *("checkpoint_activations", "sequence_parallel", "zero_optimization"),
@@ -30,7 +31,8 @@ Seconds = Callable[[NeoXConfig, int, Work], float]  # of a step: (configuration,
 class Candidate:
     """A configuration on a grid. `needed` is the fullest rank's peak in bytes.
 
-    Where weights and optimizer alone do not fit it is theirs, and less than the peak.
+    Where a part of it does not fit, or a smaller micro-batch's peak does not, it is theirs, and less
+    than the peak.
     """
 
     config: NeoXConfig
@@ -55,16 +57,23 @@ class Models:
         self.tokens = tokens  # of the tokenizer
         self._on_cpu = on_cpu
         self._by_tp: dict[int, PlannedModel] = {}
+        self._extrapolates = False
 
     def rows(self, config: NeoXConfig) -> int:
         return pad_vocab_size(self.tokens, config.make_vocab_size_divisible_by, config.tp)
 
     def of(self, config: NeoXConfig) -> PlannedModel:
         if config.tp not in self._by_tp:
-            self._by_tp[config.tp] = PlannedModel(
-                config, self.rows(config), on_cpu=self._on_cpu
-            )
-        return self._by_tp[config.tp].variant(config)
+            self._by_tp[config.tp] = PlannedModel(config, self.rows(config), on_cpu=self._on_cpu)
+        model = self._by_tp[config.tp].variant(config)
+        model.extrapolates = self._extrapolates
+        return model
+
+    def extrapolating(self) -> Models:
+        """These, of which large micro-batches' layers are told from those of smaller ones."""
+        other = copy.copy(self)
+        other._extrapolates = True
+        return other
 
 
 def grids(config: NeoXConfig, devices: int) -> Iterator[NeoXConfig]:
@@ -97,13 +106,12 @@ def grids(config: NeoXConfig, devices: int) -> Iterator[NeoXConfig]:
 def evaluate(
     models: Models, config: NeoXConfig, memory_of_device: float, seconds: Seconds | None
 ) -> Candidate:
+    """One configuration: whether it fits and, if so, how long a step takes."""
     model, room = models.of(config), memory_of_device - LIBRARIES
-    least = max(
-        own.weights + own.gradients + own.optimizer
-        for own in (of_replica(model, stage) for stage in model.stages())
-    )
-    if least > room:
-        return Candidate(config, least, fits=False)
+    for activations in (False, True):  # what is soon known decides about most grids
+        known = least(model, activations=activations)
+        if known > room:
+            return Candidate(config, known, fits=False)
     needed = max(stage.total for stage in memory(model))
     if needed > room:
         return Candidate(config, needed, fits=False)
@@ -119,10 +127,18 @@ def search(
     seconds: Seconds | None = None,
 ) -> list[Candidate]:
     """All grids: those that fit first, the fastest before others, or those that need least."""
-    found = [
-        evaluate(models, candidate, memory_of_device, seconds)
-        for candidate in grids(config, devices)
-    ]
+    models = models.extrapolating()
+    found: list[Candidate] = []
+    too_large: dict[tuple[int, int, bool], int] = {}
+    for c in grids(config, devices):  # micro-batches grow
+        key = (c.tp, c.pp, c.checkpoint_activations)
+        if key in too_large and c.gradient_accumulation_steps >= c.pp:
+            # As many are in flight, of larger ones.
+            found.append(Candidate(c, too_large[key], fits=False))
+            continue
+        found.append(evaluate(models, c, memory_of_device, seconds))
+        if not found[-1].fits:
+            too_large[key] = found[-1].needed
     return sorted(found, key=lambda c: (not c.fits, c.seconds or 0.0, c.needed))
 
 
@@ -140,5 +156,3 @@ def nearest(found: Sequence[Candidate], config: NeoXConfig) -> Candidate | None:
         return steps + (c.checkpoint_activations != config.checkpoint_activations), candidate.needed
 
     return min((c for c in found if c.fits), key=distance, default=None)
-
-

@@ -18,6 +18,7 @@ from neox.model.block import TransformerLayer
 from neox.model.frozen import Frozen
 from neox.model.gpt import Layer, layers, partition, torch_dtype
 from neox.model.layout import LayerLayout, Split
+from neox.model.positions import RotaryTable
 from neox.model.quantized import BLOCK, EightBit
 from neox.parallel.groups import ProcessGroups
 from neox.parallel.region import TensorParallelRegion
@@ -47,18 +48,15 @@ class PlannedModel:
     run: memory that is asked for and not used costs nothing on a CPU.
     """
 
-    def __init__(
-        self, config: NeoXConfig, padded_vocab_size: int, *, on_cpu: bool = True
-    ) -> None:
+    def __init__(self, config: NeoXConfig, padded_vocab_size: int, *, on_cpu: bool = True) -> None:
         self.config = config
         self.on_cpu = on_cpu
+        self.extrapolates = False  # see `traced`
         self.rows = padded_vocab_size
         self.dtype = torch_dtype(config.dtype)
         self.groups = planned_groups(Topology(tp=config.tp))
         self._streams = DropoutStreams(config.seed, self.groups)
-        self._region = TensorParallelRegion(
-            self.groups, sequence_parallel=config.sequence_parallel
-        )
+        self._region = TensorParallelRegion(self.groups, sequence_parallel=config.sequence_parallel)
         self._recompute = Recompute(config, self._streams, self._region, self.groups)
         frozen = None
         if config.lora is not None:
@@ -67,6 +65,10 @@ class PlannedModel:
             config, padded_vocab_size, self.dtype, self.groups, self._streams, self._region, frozen
         )
         self._fake = FakeTensorMode()
+        with self._fake:
+            for table in self.layers[2].args:
+                if isinstance(table, RotaryTable):  # made by whichever layer is the first, for all
+                    table.angles(config.seq_length, like=torch.empty(0))
         self._modules: dict[Any, Any] = {}
         self._traced: dict[Any, Traced] = {}
         self.held: dict[Any, Held] = {}  # of neox.plan.memory, by what it depends on
@@ -89,22 +91,8 @@ class PlannedModel:
             with self._fake:
                 module = self._modules[key] = layer.build()
                 if isinstance(module, nn.Module) and layer.layout is not None:
-                    self._fill_eight_bits(module, layer.layout)
+                    fill_eight_bits(module, layer.layout)
         return self._modules[key]
-
-    def _fill_eight_bits(self, module: nn.Module, layout: LayerLayout) -> None:
-        """What a checkpoint would put into the places of 8-bit weights: see `cut`."""
-        for name, place in module.named_modules():
-            if isinstance(place, EightBit):
-                param = layout[name]
-                rows, columns = place.shape
-                group = math.gcd(BLOCK, param.shape[1])  # elements that share a scale
-                if param.split is Split.ROW:
-                    group = math.gcd(group, columns)
-                codes = torch.empty(rows, columns, dtype=torch.uint8)
-                place.assign(
-                    EightBit(codes, torch.empty(rows, columns // group), torch.empty(256))
-                )
 
     def parameters(self, stage: range) -> list[nn.Parameter]:
         """Of a stage, in the order of its layers; those of tied layers once.
@@ -151,8 +139,20 @@ class PlannedModel:
         return found
 
     def traced(self, chunk: Chunk) -> Traced:
-        """A micro-batch through a chunk."""
-        key = (*chunk.key, self._batch_shape)
+        """A micro-batch through a chunk.
+
+        What layers keep, need and send is so much and so much more for each sequence, but for a
+        batch of one, which needs fewer copies. So a model that `extrapolates` knows large batches
+        from those of 2 and 3.
+        """
+        batch, length = self._batch_shape
+        if not self.extrapolates or batch <= 3:
+            return self._traced_at(chunk, batch, length)
+        two, three = (self._traced_at(chunk, size, length) for size in (2, 3))
+        return two.extrapolated(three, batch - 2)
+
+    def _traced_at(self, chunk: Chunk, batch: int, length: int) -> Traced:
+        key = (*chunk.key, batch, length)
         if key not in self._traced:
             built = [(layer, self.module(layer)) for layer in chunk.layers]
 
@@ -167,7 +167,7 @@ class PlannedModel:
             modules = [module for _, module in built if isinstance(module, nn.Module)]
             with self._fake:
                 self._traced[key] = run(
-                    forward, lambda: self._input(chunk.layers[0]), modules
+                    forward, lambda: self._input(chunk.layers[0], batch, length), modules
                 )
         return self._traced[key]
 
@@ -217,9 +217,8 @@ class PlannedModel:
     def _batch_shape(self) -> tuple[int, int]:
         return self.config.train_micro_batch_size_per_gpu, self.config.seq_length
 
-    def _input(self, first: Layer) -> Tensor:
+    def _input(self, first: Layer, batch: int, length: int) -> Tensor:
         """What a chunk that begins with this layer is given."""
-        batch, length = self._batch_shape
         if first.index == 0:
             return torch.zeros(batch, length, dtype=torch.long)
         if first.index == 1 or first.index > self.config.num_layers + 2:
@@ -230,3 +229,13 @@ class PlannedModel:
         return torch.empty(size, dtype=self.dtype, requires_grad=True)
 
 
+def fill_eight_bits(module: nn.Module, layout: LayerLayout) -> None:
+    """Put what a checkpoint would into the places of 8-bit weights: see neox.model.quantized."""
+    for name, place in module.named_modules():
+        if isinstance(place, EightBit):
+            rows, columns = place.shape
+            group = math.gcd(BLOCK, layout[name].shape[1])  # elements that share a scale
+            if layout[name].split is Split.ROW:
+                group = math.gcd(group, columns)
+            codes = torch.empty(rows, columns, dtype=torch.uint8)
+            place.assign(EightBit(codes, torch.empty(rows, columns // group), torch.empty(256)))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +38,24 @@ class Traced:
     forward_peak: int  # input and output included
     backward_peak: int  # and the gradient of the output
     messages: Counter[tuple[str, int]]
+
+    def extrapolated(self, next_one: Traced, steps: int) -> Traced:
+        """What comes `steps` times as far from this one as `next_one`, each number for itself."""
+
+        def at(this: int, following: int) -> int:
+            return this + (following - this) * steps
+
+        pairs = zip(self._sorted_messages(), next_one._sorted_messages(), strict=True)
+        return Traced(
+            at(self.kept, next_one.kept),
+            at(self.output, next_one.output),
+            at(self.forward_peak, next_one.forward_peak),
+            at(self.backward_peak, next_one.backward_peak),
+            Counter((name, at(size, following)) for (name, size), (_, following) in pairs),
+        )
+
+    def _sorted_messages(self) -> list[tuple[str, int]]:
+        return sorted(self.messages.elements())
 
 
 @contextlib.contextmanager
@@ -75,27 +93,26 @@ class Trace(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        for leaf in tree_leaves((args, kwargs)):
-            if isinstance(leaf, Tensor):
-                self._meet(leaf, 0)  # what is unknown was there before
-        result = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        for tensor in _tensors((*args, *kwargs.values())):
+            self._meet(tensor, made=False)  # what is unknown was there before
+        result = func(*args, **kwargs)
         if func.namespace == "c10d":
             self._note(func.__name__.partition(".")[0], args)
             return result
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
-                self._meet(leaf, leaf.untyped_storage().nbytes())
+        for tensor in _tensors((result,)):
+            self._meet(tensor, made=True)
         return result
 
     def restart_peak(self) -> None:
         self.peak = self.live
 
-    def _meet(self, tensor: Tensor, size: int) -> None:
+    def _meet(self, tensor: Tensor, *, made: bool) -> None:
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._sizes:
             return
-        self._sizes[key] = size
+        size = self._sizes[key] = storage.nbytes() if made else 0
         self.live += size
         self.peak = max(self.peak, self.live)
         weakref.finalize(storage, self._forget, key)
@@ -107,6 +124,15 @@ class Trace(TorchDispatchMode):
         operation, whole = _COLLECTIVES[name]
         size = sum(leaf.nbytes for leaf in tree_leaves(args[whole]) if isinstance(leaf, Tensor))
         self.messages[operation, size] += 1
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    """Those among arguments or results, and in lists of them."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _tensors(value)
 
 
 # What torch's operators are called here, and which argument is the whole tensor.

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
 from torch import Tensor
 
+from neox.checkpoint.neox import Checkpoint
 from neox.config import NeoXConfig
 from neox.engine.build import build_engine
 from neox.engine.recompute import Recompute
@@ -46,7 +48,8 @@ def held_by_ranks(rank: int, cases: list[Case]) -> list[HeldBytes]:
 def _held(topology: Topology, values: Values) -> HeldBytes:
     groups = initialize(topology, "gloo", torch.device("cpu"))
     config = configuration(topology, values)
-    engine = build_engine(config, groups, VOCAB)
+    checkpoint = Checkpoint.open(Path(config.load)) if config.load else None
+    engine = build_engine(config, groups, VOCAB, checkpoint)
     source = batches(config, groups)
     engine.train_batch(source, 1, 0.01)  # makes the optimizer's state
     inner = engine.inner  # type: ignore[attr-defined]

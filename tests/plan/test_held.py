@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from neox.parallel.topology import Topology
@@ -9,7 +11,7 @@ from neox.plan.memory import memory, of_replica
 from neox.plan.stages import PlannedModel
 from neox.plan.trace import planned_world
 from tests.engine.test_grids import NO_PIPELINE, ZERO_1, ZERO_2
-from tests.models import VOCAB
+from tests.models import VOCAB, write_model
 from tests.plan.runs import Case, HeldBytes, configuration, held_by_ranks
 from tests.world import World
 
@@ -48,9 +50,29 @@ CASES: list[Case] = [
 ]
 
 
+LORA = {"lora": {"rank": 4}}
+ADAPTED: list[Case] = [
+    (Topology(), LORA | NO_PIPELINE),
+    (Topology(), LORA | {"load_in_8bit": True}),
+    (Topology(tp=2), LORA | {"load_in_8bit": True}),
+    (Topology(pp=2), LORA | BF16),
+    (Topology(dp=2), {"lora": {"rank": 4, "biases": True, "norms": True}} | ZERO_1),
+]
+
+
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_every_rank_holds_what_was_planned(world: World, size: int) -> None:
-    cases = [case for case in CASES if case[0].world_size == size]
+    check(world, size, [case for case in CASES if case[0].world_size == size])
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_frozen_weights_and_adapters(world: World, size: int, tmp_path: Path) -> None:
+    write_model(tmp_path, 1)
+    load = {"load": str(tmp_path / "global_step1"), "finetune": True}
+    check(world, size, [(grid, v | load) for grid, v in ADAPTED if grid.world_size == size])
+
+
+def check(world: World, size: int, cases: list[Case]) -> None:
     by_rank = world.run(size, held_by_ranks, cases, timeout=300.0)
     for (topology, values), *ranks in zip(cases, *by_rank, strict=True):
         with planned_world():
