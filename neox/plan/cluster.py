@@ -130,7 +130,9 @@ class _Reader:
         )  # fmt: skip
         devices = self._number("devices_per_node")
         if devices != int(devices):
-            raise ConfigError(f"{self.where}: devices_per_node is {devices:g}; give a whole number.")
+            raise ConfigError(
+                f"{self.where}: devices_per_node is {devices:g}; give a whole number."
+            )
         peak = self._section("peak_tflops")
         peak._check_keys("float32", "bfloat16", "float16")
         if not peak.content:

@@ -83,9 +83,7 @@ def passes(
         ahead = min((stages - stage - 1) * 2 + (chunks - 1) * stages, count)
     forwards = [forward(i) for i in range(count)]
     backwards = [backward(i) for i in range(count)]
-    alternating = [
-        each for pair in zip(forwards[ahead:], backwards, strict=False) for each in pair
-    ]
+    alternating = [each for pair in zip(forwards[ahead:], backwards, strict=False) for each in pair]
     return forwards[:ahead] + alternating + backwards[count - ahead :]
 
 

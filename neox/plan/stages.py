@@ -20,7 +20,6 @@ from neox.model.gpt import Layer, layers, partition, torch_dtype
 from neox.model.layout import LayerLayout, Split
 from neox.model.positions import RotaryTable
 from neox.model.quantized import BLOCK, EightBit
-from neox.parallel.groups import ProcessGroups
 from neox.parallel.region import TensorParallelRegion
 from neox.parallel.rng import DropoutStreams
 from neox.parallel.topology import Topology

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 
 from neox.parallel.topology import Topology
 from neox.plan.cluster import Cluster
-from neox.plan.schedule import Order, pipeline_seconds
+from neox.plan.schedule import Order, Timeline, pipeline_seconds, simulate
 from neox.plan.traffic import NONE, Shape
 from neox.plan.work import Message, StageWork, Work
 
@@ -87,6 +87,16 @@ def step_time(
     seconds = pipeline + last.after + last.optimizer
     flops = sum(work.flops.values()) / grid.world_size
     return StepTime(seconds, parts, work.tokens / seconds, flops / seconds)
+
+
+def step_timeline(work: Work, shape: Shape, cluster: Cluster) -> Timeline:
+    """When each stage of a step works and when it waits, for a picture."""
+    grid = work.topology
+    cluster = cluster.for_ranks(grid.world_size)
+    stages = [stage_time(work, i, shape, cluster) for i in range(grid.pp)]
+    send = max(_seconds_of_a_send(stage.messages, grid, cluster) for stage in work.stages)
+    forward, backward = [s.forward for s in stages], [s.backward for s in stages]
+    return simulate(forward, backward, work.micro_batches, send=send)
 
 
 def stage_time(work: Work, stage: int, shape: Shape, cluster: Cluster) -> StageTime:
@@ -174,17 +184,13 @@ def _tensor_parallel(
 
     Both have as many; a recomputation repeats the forward pass's.
     """
-    total = sum(
-        message_seconds(m, work.topology, cluster) for m in messages if m.axis == "tp"
-    )
+    total = sum(message_seconds(m, work.topology, cluster) for m in messages if m.axis == "tp")
     each = total / work.micro_batches
     forward = each / (3 if recomputes else 2)
     return forward, each - forward
 
 
-def _exposed(
-    messages: Sequence[Message], grid: Topology, cluster: Cluster, behind: float
-) -> float:
+def _exposed(messages: Sequence[Message], grid: Topology, cluster: Cluster, behind: float) -> float:
     """Seconds of a step's other messages that the last backward pass does not hide."""
     rest = [m for m in messages if m.axis != "tp" and m.operation != "send"]
     hidden = sum(message_seconds(m, grid, cluster) for m in rest if m.overlaps)

@@ -40,9 +40,7 @@ def test_the_order_is_that_of_deepspeed(stages: int, micro_batches: int) -> None
 
 @pytest.mark.parametrize("order", ["1f1b", "gpipe"])
 @pytest.mark.parametrize(("stages", "micro_batches"), [(1, 3), (2, 1), (4, 8), (8, 32), (5, 3)])
-def test_even_stages_wait_as_the_formula_says(
-    order: Any, stages: int, micro_batches: int
-) -> None:
+def test_even_stages_wait_as_the_formula_says(order: Any, stages: int, micro_batches: int) -> None:
     timeline = simulate([1.0] * stages, [2.0] * stages, micro_batches, order)
     steps = micro_batches + stages - 1
     assert timeline.seconds == 3 * steps
@@ -98,9 +96,7 @@ STEPS = 3  # the middle one counts: others use the processors too
 Interval = tuple[float, float]  # start, end; by a clock that all processes share
 
 
-def run_pipeline(
-    rank: int, layers: list[int], cases: list[int]
-) -> dict[int, list[list[Interval]]]:
+def run_pipeline(rank: int, layers: list[int], cases: list[int]) -> dict[int, list[list[Interval]]]:
     """The passes of this rank's stage in some steps, for each number of micro-batches."""
     stages = len(layers)
     groups = initialize(Topology(pp=stages), "gloo", torch.device("cpu"))
