@@ -90,7 +90,7 @@ class Cluster:
 
 def built_in() -> list[str]:
     """Names that `--cluster` takes besides files."""
-    return sorted(path.stem for path in FOLDER.glob("*.yml")) + [HERE]
+    return [*sorted(path.stem for path in FOLDER.glob("*.yml")), HERE]
 
 
 def load_cluster(name: str | Path) -> Cluster:

@@ -7,8 +7,8 @@ A stage's forward pass of one micro-batch takes
 where `products`, `memory` and `links` are the shares of the hardware's rates that a training
 reaches (neox.plan.cluster.Reached). The bytes are those of element-wise work (neox.plan.traffic):
 they fall more slowly with tp and with width than the FLOPs do, so that narrow shards reach less of
-the peak, as measured ones do. A backward pass takes twice the forward pass's time, and the forward
-pass's own once more where activations are recomputed. The schedule of the pipeline
+the peak, as measured ones do. A backward pass is counted likewise, the forward pass's own once more
+where activations are recomputed. The schedule of the pipeline
 (neox.plan.schedule) makes a step of them; what cannot be hidden behind it, gradients' messages
 and the optimizer's bytes, comes after.
 
@@ -34,7 +34,7 @@ DAY, HOUR = 86400.0, 3600.0
 
 @dataclass(frozen=True)
 class StageTime:
-    """Seconds of one rank of a stage: `forward` and `backward` of one micro-batch, without sends."""
+    """Seconds of a stage's rank: `forward` and `backward` of one micro-batch, without sends."""
 
     forward: float
     backward: float

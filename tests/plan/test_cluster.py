@@ -154,11 +154,8 @@ def test_a_step_is_its_parts() -> None:
 
 def test_what_overlaps_is_hidden_behind_the_last_backward_pass() -> None:
     small, large = 10**6, 10**9
-    for size, overlaps, exposed in (
-        (small, True, False),
-        (large, True, True),
-        (small, False, True),
-    ):
+    cases = ((small, True, False), (large, True, True), (small, False, True))
+    for size, overlaps, exposed in cases:
         message = Message("all_reduce", "dp", 1, size, overlaps)
         step = step_time(one_stage((message,), dp=8), SHAPE, cluster())
         assert (step.parts["data-parallel messages"] > 0) == exposed

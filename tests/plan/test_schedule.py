@@ -83,7 +83,7 @@ def test_pictures_are_files_of_their_kind(tmp_path: Path) -> None:
     draw(timeline, tmp_path / "a.svg")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     assert b"<svg" in (tmp_path / "a.svg").read_bytes()
-    with pytest.raises(ConfigError, match="ends with .png, .svg, .pdf"):
+    with pytest.raises(ConfigError, match=r"ends with \.png, \.svg, \.pdf"):
         draw(timeline, tmp_path / "a.txt")
     with pytest.raises(ConfigError, match="4096 passes"):
         draw(simulate([1.0] * 4, [2.0] * 4, 512), tmp_path / "a.png")
