@@ -7,11 +7,16 @@ import io
 import re
 from collections.abc import Iterator
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
-from deepspeed.runtime.utils import combine_grad_norm_groups
+from deepspeed.runtime.utils import (
+    combine_grad_norm_groups,
+    partition_balanced,
+    partition_uniform,
+)
 from torch import Tensor, nn
 
 from neox.config import NeoXConfig
@@ -104,6 +109,22 @@ def _check_method(method: str, specs: list[Any]) -> None:
             f"pipe_partition_method: {method} matches no layer. The layers are "
             f"{', '.join(names)}; upper and lower case are the same."
         )
+
+
+def stage_ranges(config: NeoXConfig, layers: list[Layer]) -> list[range]:
+    """The layer indices of each stage, as PipelineModule finds them; nothing is built."""
+    kind, _, pattern = config.pipe_partition_method.partition(":")
+    if kind.lower() == "uniform":
+        bounds = partition_uniform(len(layers), config.pp)
+    else:
+        weights = [
+            sum(param.numel for param in (layer.layout or {}).values())
+            if kind.lower() == "parameters"
+            else int(bool(re.search(pattern, getattr(layer.kind, "__name__", ""), re.IGNORECASE)))
+            for layer in layers
+        ]
+        bounds = partition_balanced(weights, config.pp)
+    return [range(start, stop) for start, stop in pairwise(bounds)]
 
 
 def _check_stages(model: nn.Module, config: NeoXConfig, groups: ProcessGroups) -> None:

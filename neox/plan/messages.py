@@ -118,7 +118,7 @@ def _between_replicas(model: PlannedModel, number: int, stage: range) -> Counted
         if parts > 1:
             sent["all_reduce", replica, 4] += 1
     else:
-        sent += _of_zero(model, groups)
+        sent += _of_zero(model, stage, groups)
         if parts > 1:
             sent["all_reduce", replica, 4] += _norms(model)
         if dp > 1:
@@ -134,17 +134,32 @@ def _norms(model: PlannedModel) -> int:
     return max(len(_groups(model, stage)) for stage in model.stages())
 
 
-def _of_zero(model: PlannedModel, groups: Sequence[Sequence[int]]) -> Counted:
+def _of_zero(model: PlannedModel, stage: range, groups: Sequence[Sequence[int]]) -> Counted:
     """The buckets in which ZeRO 1 and 2 reduce gradients."""
     config, sent = model.config, Counted()
     if config.dp == 1:
         return sent
+    if config.engine_zero_stage == 3:
+        return _of_zero_3(model, stage)
     size = communication_dtype(config).itemsize
     # With the gradients cut, every micro-batch's are reduced.
     times = config.gradient_accumulation_steps if config.engine_zero_stage == 2 else 1
     limit = int(zero_setting(config, "reduce_bucket_size", _FALLBACK))
     for numel in _buckets([n for group in groups for n in group], limit):
         sent["all_reduce", "dp", size * numel] += times
+    return sent
+
+
+def _of_zero_3(model: PlannedModel, stage: range) -> Counted:
+    """Weights gathered for both passes and gradients scattered, layer by layer: the bytes are
+    right, but DeepSpeed joins and parts the calls as its buckets are."""
+    config, sent = model.config, Counted()
+    size, batches = torch_dtype(config.dtype).itemsize, config.gradient_accumulation_steps
+    for layer in model.layers[stage.start : stage.stop]:
+        if layer.has_file:
+            numel = sum(p.numel() for p in model.module(layer).parameters() if p.requires_grad)
+            sent["all_gather", "dp", size * numel] += 2 * batches
+            sent["reduce_scatter", "dp", size * numel] += batches
     return sent
 
 

@@ -31,8 +31,8 @@ Seconds = Callable[[NeoXConfig, int, Work], float]  # of a step: (configuration,
 class Candidate:
     """A configuration on a grid. `needed` is the fullest rank's peak in bytes.
 
-    Where a part of it does not fit, or a smaller micro-batch's peak does not, it is theirs, and less
-    than the peak.
+    Where a part of it does not fit, or a smaller micro-batch's peak, it is theirs, and less than
+    the peak.
     """
 
     config: NeoXConfig

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from neox.config import NeoXConfig
+from neox.config.agreement import DEFAULT_PARTITION
 from neox.engine.recompute import Recompute
 from neox.model.block import TransformerLayer
 from neox.model.frozen import Frozen
@@ -117,7 +118,14 @@ class PlannedModel:
 
     def stages(self) -> list[range]:
         """The layer indices of each stage."""
-        return partition(self.config.num_layers, self.config.pp)
+        if (
+            self.config.pipe_partition_method == DEFAULT_PARTITION
+            or not self.config.is_pipe_parallel
+        ):
+            return partition(self.config.num_layers, self.config.pp)
+        from neox.engine.pipelined import stage_ranges  # with DeepSpeed, whose rules they are
+
+        return stage_ranges(self.config, self.layers)
 
     def chunks(self, stage: range) -> list[Chunk]:
         """How a stage is walked, but for the output projection: see the two engines."""

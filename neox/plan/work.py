@@ -1,4 +1,4 @@
-"""What a run does in one step, as numbers: what neox.plan.memory and messages find and time uses."""
+"""What a run does in one step, as numbers: neox.plan.messages finds them, and time uses them."""
 
 from __future__ import annotations
 

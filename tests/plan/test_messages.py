@@ -18,7 +18,7 @@ from tests.world import World
 
 BF16 = {"precision": "bfloat16"}
 TIED = {"no_weight_tying": False}
-SMALL_BUCKETS = {"zero_optimization": {"stage": 1, "reduce_bucket_size": 5000}}
+SMALL_BUCKETS = {"zero_optimization": {"stage": 1, "reduce_bucket_size": 3000}}
 
 CASES: list[Case] = [
     (Topology(tp=2), NO_PIPELINE),
@@ -32,6 +32,7 @@ CASES: list[Case] = [
     (Topology(dp=2), {}),
     (Topology(dp=2), NO_PIPELINE | ZERO_1),
     (Topology(dp=2), SMALL_BUCKETS),
+    (Topology(dp=2), SMALL_BUCKETS | NO_PIPELINE),
     (Topology(dp=2), ZERO_2),
     (Topology(dp=2), NO_PIPELINE | BF16),
     (Topology(pp=2, tp=2), TIED),
