@@ -102,7 +102,7 @@ def _plan_options(given: argparse.Namespace, entry_point: Purpose | None) -> dic
         raise ConfigError(f"--{asked[0]} is for plan.py: ./deepy.py plan.py CONF --{asked[0]} ...")
     if given.devices is not None and given.devices < 1:
         raise ConfigError(f"--devices is {given.devices}, but a run has one or more.")
-    return {name: getattr(given, name) for name in names}
+    return {name: getattr(given, name) for name in names} if entry_point == "plan" else {}
 
 
 def _build_parser() -> _Parser:

@@ -52,11 +52,12 @@ def show(plan: Plan) -> str:
     config = plan.config
     lines = [
         f"model       {plan.parameters:,} parameters, trained in {config.dtype}",
-        f"grid        {config.world_size} ranks: tp {config.tp} x pp {config.pp} x dp {config.dp}"
-        f" (tensor, pipeline, data parallel), ZeRO {config.engine_zero_stage}",
+        f"grid        {config.world_size} rank{'s' * (config.world_size > 1)}: tp {config.tp} x "
+        f"pp {config.pp} x dp {config.dp} (tensor, pipeline, data parallel), "
+        f"ZeRO {config.engine_zero_stage}",
         f"step        {config.gradient_accumulation_steps} x "
         f"{config.train_micro_batch_size_per_gpu} sequences of {config.seq_length} tokens on each "
-        f"of {config.dp} replicas: {plan.work.tokens:,} tokens",
+        f"of {config.dp} replica{'s' * (config.dp > 1)}: {plan.work.tokens:,} tokens",
         f"activations {_recomputation(config)}",
         "",
         "memory of a rank, by pipeline stage",
