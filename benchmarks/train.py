@@ -29,6 +29,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from neox.config import NeoXConfig
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
@@ -65,18 +67,11 @@ QUICK = Shape("tiny", 2, 128, 4, 2048, sequence=128, batch=4, rounds=9, steps=3)
 Step = Callable[[], float]  # one optimizer step; returns its loss
 
 
-def ours(shape: Shape) -> Step:
-    """A step of the engine behind train.py, on one process."""
-    import itertools
-
-    import torch
-
+def configuration(shape: Shape) -> NeoXConfig:
+    """Of ours."""
     from neox.config import from_dict
-    from neox.data.loaders import Batch
-    from neox.engine.build import build_engine
-    from neox.parallel.groups import ProcessGroups
 
-    config = from_dict(
+    return from_dict(
         {
             "num_layers": shape.layers,
             "hidden_size": shape.hidden,
@@ -98,6 +93,19 @@ def ours(shape: Shape) -> Step:
             "train_iters": 1000,
         }
     )
+
+
+def ours(shape: Shape) -> Step:
+    """A step of the engine behind train.py, on one process."""
+    import itertools
+
+    import torch
+
+    from neox.data.loaders import Batch
+    from neox.engine.build import build_engine
+    from neox.parallel.groups import ProcessGroups
+
+    config = configuration(shape)
     tokens = random_tokens(shape)
     labels = tokens.roll(-1, dims=1)
     batches = itertools.repeat(Batch(tokens, labels, torch.ones(labels.shape)))

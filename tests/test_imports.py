@@ -54,6 +54,7 @@ DOORS = {
     "uvicorn": ("neox.serving.server", "neox.serving.protocol"),
     "h11": ("neox.serving.protocol",),
     "prometheus_client": ("neox.serving.metrics",),
+    "matplotlib": ("neox.plan.picture",),
     "bitsandbytes": ("neox.model.quantized", "neox.engine"),
 }
 

@@ -96,7 +96,7 @@ def parse(argv: Sequence[str]) -> Arguments:
 
 def _plan_options(given: argparse.Namespace, entry_point: Purpose | None) -> dict[str, Any]:
     """What plan.py is asked. ConfigError when another entry point is, or devices are too few."""
-    names = ("cluster", "search", "vocab_size", "json")
+    names = ("cluster", "search", "vocab_size", "json", "picture")
     asked = [n for n in (*names, "devices") if getattr(given, n) not in (None, False)]
     if asked and entry_point != "plan":
         raise ConfigError(f"--{asked[0]} is for plan.py: ./deepy.py plan.py CONF --{asked[0]} ...")
@@ -172,6 +172,7 @@ def _build_parser() -> _Parser:
     add("--search", action="store_true", help="every grid of as many devices, the best ones first")
     add("--vocab_size", metavar="N", type=int, help="tokens of a tokenizer that is not here")
     add("--json", metavar="FILE", help="where the plan goes as JSON, too")
+    add("--picture", metavar="FILE", help="where the pipeline's schedule goes: .png, .svg, .pdf")
 
     wandb = parser.add_argument_group("Weights & Biases")
     add = wandb.add_argument

@@ -17,9 +17,10 @@ from neox.plan.cluster import Cluster, load_cluster
 from neox.plan.generation import generation
 from neox.plan.memory import memory
 from neox.plan.messages import work
+from neox.plan.picture import draw
 from neox.plan.report import Plan, as_json, show, show_nearest, show_search
 from neox.plan.search import Candidate, Models, Seconds, nearest, search
-from neox.plan.time import run_cost, step_time
+from neox.plan.time import run_cost, step_time, step_timeline
 from neox.plan.trace import planned_world
 from neox.plan.traffic import shape_of
 from neox.plan.work import Work
@@ -37,6 +38,7 @@ class Options:
     search: bool = False
     vocab_size: int | None = None
     json: str | None = None
+    picture: str | None = None
 
 
 def main(config: NeoXConfig, options: Options) -> None:
@@ -49,6 +51,8 @@ def main(config: NeoXConfig, options: Options) -> None:
         print(show(plan), flush=True)
         found: list[Candidate] = []
         seconds = _seconds(cluster)
+        if options.picture is not None:
+            _draw(plan, models.rows(config), cluster, Path(options.picture))
         if options.search:
             started = time.perf_counter()
             found = search(models, config, config.world_size, room, seconds)
@@ -90,6 +94,15 @@ def _time(config: NeoXConfig, rows: int, done: Work, cluster: Cluster) -> dict[s
         found |= {"run, days": run.days, "run, device hours": run.device_hours}
         found |= {"run, price": run.price} if run.price is not None else {}
     return found
+
+
+def _draw(plan: Plan, rows: int, cluster: Cluster | None, path: Path) -> None:
+    if cluster is None:
+        raise ConfigError("--picture shows times, which need --cluster.")
+    try:
+        draw(step_timeline(plan.work, shape_of(plan.config, rows), cluster), path)
+    except OSError as error:
+        raise ConfigError(f"--picture {path} cannot be written: {error}") from None
 
 
 def _seconds(cluster: Cluster | None) -> Seconds | None:

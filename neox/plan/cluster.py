@@ -24,8 +24,8 @@ GIGA, TERA, MICRO = 1e9, 1e12, 1e-6
 class Reached:
     """The share of what a device or link can do that a training reaches.
 
-    The defaults are fitted to three published runs by benchmarks/published_runs.py, which checks
-    them with others.
+    CALIBRATED is fitted to published runs by benchmarks/published_runs.py, which checks it
+    with others.
     """
 
     products: float = 1.0  # of the peak arithmetic rate, in matrix products
@@ -33,7 +33,7 @@ class Reached:
     links: float = 1.0  # of a link's bandwidth, in collectives and sends
 
 
-CALIBRATED = Reached(products=0.7, memory=0.9, links=0.7)
+CALIBRATED = Reached(products=0.719, memory=0.796, links=0.837)
 
 
 @dataclass(frozen=True)
@@ -87,14 +87,10 @@ class Cluster:
         """Bytes/s that element-wise work reaches."""
         return self.bandwidth * self.reached.memory
 
-    def seconds_to_send(self, link: Link, size: float) -> float:
-        """One message of `size` bytes between two devices."""
-        return link.latency + size / (link.bandwidth * self.reached.links)
-
 
 def built_in() -> list[str]:
     """Names that `--cluster` takes besides files."""
-    return sorted(path.stem for path in FOLDER.glob("*.yml")) + [HERE]
+    return [*sorted(path.stem for path in FOLDER.glob("*.yml")), HERE]
 
 
 def load_cluster(name: str | Path) -> Cluster:
@@ -134,7 +130,9 @@ class _Reader:
         )  # fmt: skip
         devices = self._number("devices_per_node")
         if devices != int(devices):
-            raise ConfigError(f"{self.where}: devices_per_node is {devices:g}; give a whole number.")
+            raise ConfigError(
+                f"{self.where}: devices_per_node is {devices:g}; give a whole number."
+            )
         peak = self._section("peak_tflops")
         peak._check_keys("float32", "bfloat16", "float16")
         if not peak.content:

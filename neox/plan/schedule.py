@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 Order = Literal["1f1b", "gpipe"]
-_FILLED = 2  # groups of micro-batches after which a pipeline repeats itself
+_FILLED = 2  # groups of as many micro-batches as stages, after which a pipeline repeats itself
 
 
 class Pass(NamedTuple):
@@ -83,9 +83,7 @@ def passes(
         ahead = min((stages - stage - 1) * 2 + (chunks - 1) * stages, count)
     forwards = [forward(i) for i in range(count)]
     backwards = [backward(i) for i in range(count)]
-    alternating = [
-        each for pair in zip(forwards[ahead:], backwards, strict=False) for each in pair
-    ]
+    alternating = [each for pair in zip(forwards[ahead:], backwards, strict=False) for each in pair]
     return forwards[:ahead] + alternating + backwards[count - ahead :]
 
 
@@ -141,12 +139,12 @@ def pipeline_seconds(
 ) -> float:
     """`simulate(...).seconds`, without a simulation of the whole of a long step.
 
-    Once the pipeline is full, each further group of as many micro-batches as there are stages
-    takes as long as the one before.
+    Once 1F1B has filled the pipeline, each further group of as many micro-batches as there are
+    stages takes as long as the one before. Uneven chunks may take longer to come to that.
     """
     stages = len(forward)
     few = _FILLED * stages + micro_batches % stages
-    if order == "gpipe" or micro_batches <= few + stages:
+    if order == "gpipe" or chunks > 1 or micro_batches <= few + stages:
         return simulate(forward, backward, micro_batches, order, send, chunks).seconds
     shorter, longer = (
         simulate(forward, backward, count, order, send, chunks).seconds
@@ -177,12 +175,3 @@ def _sends(stage: int, work: Pass, stages: int, chunks: int) -> bool:
     if work.is_forward:
         return stage < stages - 1 or work.chunk < chunks - 1
     return stage > 0 or work.chunk > 0
-
-
-def in_flight(order: Order, stages: int, stage: int, micro_batches: int) -> int:
-    """The most micro-batches whose activations a stage holds at once."""
-    held = most = 0
-    for work in passes(order, stages, stage, micro_batches):
-        held += 1 if work.is_forward else -1
-        most = max(most, held)
-    return most

@@ -7,8 +7,8 @@ A stage's forward pass of one micro-batch takes
 where `products`, `memory` and `links` are the shares of the hardware's rates that a training
 reaches (neox.plan.cluster.Reached). The bytes are those of element-wise work (neox.plan.traffic):
 they fall more slowly with tp and with width than the FLOPs do, so that narrow shards reach less of
-the peak, as measured ones do. A backward pass takes twice the forward pass's time, and the forward
-pass's own once more where activations are recomputed. The schedule of the pipeline
+the peak, as measured ones do. A backward pass is counted likewise, the forward pass's own once more
+where activations are recomputed. The schedule of the pipeline
 (neox.plan.schedule) makes a step of them; what cannot be hidden behind it, gradients' messages
 and the optimizer's bytes, comes after.
 
@@ -25,7 +25,7 @@ from dataclasses import dataclass
 
 from neox.parallel.topology import Topology
 from neox.plan.cluster import Cluster
-from neox.plan.schedule import Order, pipeline_seconds
+from neox.plan.schedule import Order, Timeline, pipeline_seconds, simulate
 from neox.plan.traffic import NONE, Shape
 from neox.plan.work import Message, StageWork, Work
 
@@ -34,7 +34,7 @@ DAY, HOUR = 86400.0, 3600.0
 
 @dataclass(frozen=True)
 class StageTime:
-    """Seconds of one rank of a stage: `forward` and `backward` of one micro-batch, without sends."""
+    """Seconds of a stage's rank: `forward` and `backward` of one micro-batch, without sends."""
 
     forward: float
     backward: float
@@ -87,6 +87,16 @@ def step_time(
     seconds = pipeline + last.after + last.optimizer
     flops = sum(work.flops.values()) / grid.world_size
     return StepTime(seconds, parts, work.tokens / seconds, flops / seconds)
+
+
+def step_timeline(work: Work, shape: Shape, cluster: Cluster) -> Timeline:
+    """When each stage of a step works and when it waits, for a picture."""
+    grid = work.topology
+    cluster = cluster.for_ranks(grid.world_size)
+    stages = [stage_time(work, i, shape, cluster) for i in range(grid.pp)]
+    send = max(_seconds_of_a_send(stage.messages, grid, cluster) for stage in work.stages)
+    forward, backward = [s.forward for s in stages], [s.backward for s in stages]
+    return simulate(forward, backward, work.micro_batches, send=send)
 
 
 def stage_time(work: Work, stage: int, shape: Shape, cluster: Cluster) -> StageTime:
@@ -174,17 +184,13 @@ def _tensor_parallel(
 
     Both have as many; a recomputation repeats the forward pass's.
     """
-    total = sum(
-        message_seconds(m, work.topology, cluster) for m in messages if m.axis == "tp"
-    )
+    total = sum(message_seconds(m, work.topology, cluster) for m in messages if m.axis == "tp")
     each = total / work.micro_batches
     forward = each / (3 if recomputes else 2)
     return forward, each - forward
 
 
-def _exposed(
-    messages: Sequence[Message], grid: Topology, cluster: Cluster, behind: float
-) -> float:
+def _exposed(messages: Sequence[Message], grid: Topology, cluster: Cluster, behind: float) -> float:
     """Seconds of a step's other messages that the last backward pass does not hide."""
     rest = [m for m in messages if m.axis != "tp" and m.operation != "send"]
     hidden = sum(message_seconds(m, grid, cluster) for m in rest if m.overlaps)

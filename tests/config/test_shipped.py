@@ -14,7 +14,11 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 PARTS = {"local_setup.yml", "text_generation.yml"}  # these go with a model
 WHOLE = {"20B.yml", "gpt-j-6B.yml", "demo.yml"}  # these name data and folders themselves
 FINETUNE = {"finetune/20B-8bit-lora.yml", "finetune/gpt-j-6B-8bit-lora.yml"}  # all but the texts
-NAMES = sorted(str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yml"))
+NAMES = sorted(
+    str(path.relative_to(CONFIGS))
+    for path in CONFIGS.rglob("*.yml")
+    if path.parent.name != "clusters"  # tests/plan/test_cluster.py
+)
 WORLDS = {"20B.yml": 96, "gpt-j-6B.yml": 256}  # the processes it was trained on
 
 # Facts of the models: layers, width, heads, samples of a step on one copy of the model.
