@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from neox.cluster.hosts import DRIVERS
-from neox.cluster.run_folder import RUN_FOLDER
+from neox.cluster.run_folder import RUN_FOLDER, START
 
 # Settings of libraries, by how they begin, and what programs are found by. The rest of an
 # environment is about a session or a host.
@@ -60,7 +60,7 @@ def write_start(folder: Path, environment: Mapping[str, str]) -> Path:
         f"if {no_driver}; then export DS_ACCELERATOR=cpu; fi",  # or it warns that it is
         'exec "$@"',
     ]
-    path = folder / "start"
+    path = folder / START
     with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
         file.write("\n".join(lines) + "\n")
     return path

@@ -32,7 +32,6 @@ from neox.cluster.runners import (
     SSH_LAUNCHERS,
     WORKER,
     command_over_hosts,
-    find_program,
     local_command,
 )
 from neox.cluster.supervise import GRACE_S, supervise
@@ -147,17 +146,15 @@ def launch(entry_point: str | None, script: Path | None, config: NeoXConfig, pla
         if plan.device == "cuda":  # as DeepSpeed's launcher does for each of several
             os.environ["CUDA_VISIBLE_DEVICES"] = str(plan.hosts["localhost"][0])
         return _run_in_place(job, config, Place())
-    if several_hosts:
-        find_program(config.launcher)
     # The other hosts see the current folder, not this machine's /tmp.
     folder = RunFolder.create(job, config, parent=Path.cwd() if several_hosts else None)
     try:
         environment = _launcher_environment(job)
         if several_hosts:
+            command = command_over_hosts(plan.hosts, job, config, folder.path)
             write_start(folder.path, environment)
             if config.launcher in SSH_LAUNCHERS and not config.no_ssh_check:
                 check_hosts(plan.hosts, folder.path)
-            command = command_over_hosts(plan.hosts, job, config, folder.path)
         else:
             command = [*local_command(plan.hosts, job), str(WORKER), str(folder.path)]
         return supervise(

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+from neox.cluster.run_folder import START
 from neox.errors import ConfigError
 
 CONNECT_S = 5
@@ -22,7 +23,7 @@ _CHECKS = (
         "test -e {run}",
         "has another folder {cwd} than this host: start the run in one that all hosts share",
     ),
-    ("readable", "cat {run}/start", "may not read {run}: the same user must run on all hosts"),
+    ("readable", f"cat {{run}}/{START}", "may not read {run}: the same user must run on all hosts"),
     (
         "python",
         "test -x {python}",

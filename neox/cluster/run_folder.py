@@ -32,6 +32,8 @@ from neox.atomic import write_text
 from neox.cluster.place import Place
 from neox.config import NeoXConfig
 
+# Over several hosts: the script that every process begins with, and what the launcher itself says.
+START, NOISE = "start", "launcher.log"
 # Every process of a run has it in its environment, which is how a stray one is found.
 RUN_FOLDER = "NEOX_RUN_FOLDER"
 CONFIG_FILE = "NEOX_CONFIG_FILE"
@@ -123,11 +125,11 @@ class RunFolder:
     @property
     def started_over_hosts(self) -> bool:
         """Whether pdsh, srun or an mpirun starts the ranks."""
-        return (self.path / "start").exists()
+        return (self.path / START).exists()
 
     def launchers_words(self) -> list[str]:
         """What that launcher said, and what processes said that came to no rank."""
-        noise = self.path / "launcher.log"
+        noise = self.path / NOISE
         return noise.read_text(errors="replace").splitlines() if noise.exists() else []
 
     def config(self) -> NeoXConfig:

@@ -28,12 +28,11 @@ import sys
 from pathlib import Path
 
 from neox.cluster.hosts import Slots
-from neox.cluster.run_folder import Job
+from neox.cluster.run_folder import NOISE, START, Job
 from neox.config import NeoXConfig
 from neox.errors import ConfigError
 
 WORKER = Path(__file__).with_name("worker.py")
-NOISE = "launcher.log"  # what the launcher itself says, in the run's folder
 SSH_LAUNCHERS = ("pdsh", "openmpi", "mpich", "mvapich", "impi")
 
 
@@ -56,7 +55,7 @@ def command_over_hosts(hosts: Slots, job: Job, config: NeoXConfig, folder: Path)
     file = folder / "tasks"
     file.write_text("".join(f"{host}\n" for host in tasks))
     program = find_program(config.launcher)
-    begin = ["/bin/sh", str(folder / "start")]
+    begin = ["/bin/sh", str(folder / START)]
     worker = [sys.executable, "-u", str(WORKER), str(folder)]
     if config.launcher == "pdsh":
         # pdsh puts the number of a host in its list for %n. -N: without names before lines.

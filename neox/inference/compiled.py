@@ -166,9 +166,10 @@ class _Writer:
         return Program(operations, x, out, [*self._kept, *self._buffers.values()])
 
     def buffer(self, name: str, width: int) -> Tensor:
-        found = self._buffers.setdefault(name, torch.empty(self._positions, width))
-        assert found.shape[1] == width, (name, found.shape, width)
-        return found
+        if name not in self._buffers:
+            self._buffers[name] = torch.empty(self._positions, width)
+        assert self._buffers[name].shape[1] == width, (name, self._buffers[name].shape, width)
+        return self._buffers[name]
 
     def block(
         self,

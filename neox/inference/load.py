@@ -48,13 +48,21 @@ def open_checkpoint(config: NeoXConfig, groups: ProcessGroups) -> Checkpoint:
     return checkpoint
 
 
-def _storage(config: NeoXConfig, dtype: torch.dtype, groups: ProcessGroups) -> Storage:
+def computed_dtype(config: NeoXConfig, device: torch.device) -> torch.dtype:
+    """The type in which a model is computed for inference."""
+    if config.quantize != "none" and device.type == "cpu":
+        return torch.float32  # what the kernels take; 16 bits are slower on most CPUs
+    return torch_dtype(config.dtype)
+
+
+def storage(config: NeoXConfig, device: torch.device) -> Storage:
+    """How weights are held for inference, where a CPU has kernels."""
     if config.load_in_8bit:
         return "8bit"
     if config.quantize != "none":
         return config.quantize
-    has_kernels = groups.device.type == "cpu" and dtype is torch.float32 and library() is not None
-    return "packed" if has_kernels else "dense"
+    is_packed = device.type == "cpu" and computed_dtype(config, device) is torch.float32
+    return "packed" if is_packed else "dense"
 
 
 @dataclass(frozen=True)
@@ -73,9 +81,7 @@ class Prepared:
 
     @property
     def dtype(self) -> torch.dtype:
-        if self.config.quantize != "none" and self.groups.device.type == "cpu":
-            return torch.float32  # what the kernels take; 16 bits are slower on most CPUs
-        return torch_dtype(self.config.dtype)
+        return computed_dtype(self.config, self.groups.device)
 
     def load(self) -> InferenceModel:
         """Build this rank's stage and fill it.
@@ -108,11 +114,13 @@ class Prepared:
         return loaded
 
     def _frozen(self) -> Frozen | None:
-        storage = _storage(self.config, self.dtype, self.groups)
-        if storage == "dense" and self.adapters is None and not self.named:
+        held = storage(self.config, self.groups.device)
+        if held == "packed" and library() is None:
+            held = "dense"
+        if held == "dense" and self.adapters is None and not self.named:
             return None
         specs = self.adapters.specs if self.adapters is not None else {}
-        return Frozen(self.dtype, self.groups, storage, specs)
+        return Frozen(self.dtype, self.groups, held, specs)
 
 
 def _padded(rows: int, groups: ProcessGroups) -> int:

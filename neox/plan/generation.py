@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 
-import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from neox.inference.cache import KVCache
+from neox.inference.load import computed_dtype, storage
 from neox.model.four_bit import FourBit
-from neox.model.frozen import Frozen, Storage
-from neox.model.gpt import layers, torch_dtype
+from neox.model.frozen import Frozen
+from neox.model.gpt import layers
 from neox.model.packed import GROUP, Packed
-from neox.plan.stages import PlannedModel, fill_eight_bits
+from neox.plan.stages import PlannedModel, fill_eight_bits, holders
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,32 +35,16 @@ def generation(model: PlannedModel) -> list[Generation]:
     ]
 
 
-def computed_dtype(model: PlannedModel) -> torch.dtype:
-    """As neox.inference.load has it: quantized weights are multiplied in float32 on a CPU."""
-    quantized = model.config.quantize != "none"
-    return torch.float32 if quantized and model.on_cpu else torch_dtype(model.config.dtype)
-
-
 def weight_bytes(model: PlannedModel, stage: range) -> int:
     """The real layers with the places that their weights have for inference."""
-    config, dtype = model.config, computed_dtype(model)
-    storage: Storage = "dense"
-    if config.load_in_8bit:
-        storage = "8bit"
-    elif config.quantize != "none":
-        storage = config.quantize
-    elif model.on_cpu and dtype is torch.float32:
-        storage = "packed"
-    device = torch.device("cpu" if model.on_cpu else "cuda")
+    config, device = model.config, model.device
+    dtype = computed_dtype(config, device)
     groups = dataclasses.replace(model.groups, device=device)
-    frozen = Frozen(dtype, groups, storage)
+    frozen = Frozen(dtype, groups, storage(config, device))
     total = 0
     seen: dict[object, int] = {}
-    tied: set[str] = set()
-    for layer in layers(config, model.rows, dtype, groups, frozen=frozen)[stage.start : stage.stop]:
-        if not layer.has_parameters or layer.tied in tied:
-            continue
-        tied |= {layer.tied} if layer.tied else set()
+    every = layers(config, model.rows, dtype, groups, frozen=frozen)
+    for layer in holders(every, stage):
         if layer.kind not in seen:
             assert layer.layout is not None
             with FakeTensorMode():
@@ -96,7 +80,7 @@ def cache_bytes(model: PlannedModel, stage: range, rows: int, length: int) -> in
             kv_heads_local=config.kv_heads // config.tp,
             max_length=length,
             head_dim=config.head_dim,
-            dtype=computed_dtype(model),
-            device="cpu" if model.on_cpu else "cuda",
+            dtype=computed_dtype(config, model.device),
+            device=model.device,
         )
     return cache.keys_LRKTD.nbytes + cache.values_LRKTD.nbytes

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
-from neox.engine.optimizers import parameter_groups
 from neox.model.gpt import torch_dtype
 from neox.model.layout import LayerLayout
 from neox.plan.memory import of_replica
@@ -19,6 +18,7 @@ from neox.plan.state import (
     accumulation_dtype,
     communication_dtype,
     flat_size,
+    group_numels,
     has_bfloat16_optimizer,
     zero_setting,
 )
@@ -188,12 +188,8 @@ def _fallback_buckets(numels: Sequence[int]) -> Iterator[int]:
 
 
 def _groups(model: PlannedModel, stage: range) -> list[list[int]]:
-    """Elements of the trained weights, by optimizer group."""
     trained = [p for p in model.parameters(stage) if p.requires_grad]
-    return [
-        [p.numel() for p in group["params"]]  # type: ignore[attr-defined]
-        for group in parameter_groups(trained, model.config.weight_decay)
-    ]
+    return group_numels(model.config, trained)
 
 
 def _tied_bytes(model: PlannedModel) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -99,22 +100,12 @@ class PlannedModel:
 
         Blocks have the same objects, again and again.
         """
-        tied: set[str] = set()
-        found: list[nn.Parameter] = []
-        for layer in self.layers[stage.start : stage.stop]:
-            if layer.has_parameters and layer.tied not in tied:
-                found += self.module(layer).parameters()
-                tied |= {layer.tied} if layer.tied else set()
-        return found
+        return [p for layer in holders(self.layers, stage) for p in self.module(layer).parameters()]
 
     def buffer_bytes(self, stage: range) -> int:
         """Of a stage's weights that are no parameters: those of 8 bits."""
-        total, tied = 0, set[str]()
-        for layer in self.layers[stage.start : stage.stop]:
-            if layer.has_parameters and layer.tied not in tied:
-                total += sum(buffer.nbytes for buffer in self.module(layer).buffers())
-                tied |= {layer.tied} if layer.tied else set()
-        return total
+        modules = (self.module(layer) for layer in holders(self.layers, stage))
+        return sum(buffer.nbytes for module in modules for buffer in module.buffers())
 
     def stages(self) -> list[range]:
         """The layer indices of each stage."""
@@ -201,6 +192,10 @@ class PlannedModel:
         return run(lambda x: layer(module, x, labels, mask), make_input, [module])
 
     @property
+    def device(self) -> torch.device:
+        return torch.device("cpu" if self.on_cpu else "cuda")
+
+    @property
     def topology(self) -> Topology:
         """The whole grid; `groups` are a rank's of one tp group."""
         return Topology(self.config.pp, self.config.dp, self.config.tp)
@@ -234,6 +229,15 @@ class PlannedModel:
             split = self.groups.tp if self._region.splits_sequence else 1
             size = (length // split, batch, self.config.hidden_size)
         return torch.empty(size, dtype=self.dtype, requires_grad=True)
+
+
+def holders(every: Sequence[Layer], stage: range) -> Iterator[Layer]:
+    """The layers of a stage that have weights; those that share them once."""
+    tied: set[str] = set()
+    for layer in every[stage.start : stage.stop]:
+        if layer.has_parameters and layer.tied not in tied:
+            tied |= {layer.tied} if layer.tied else set()
+            yield layer
 
 
 def fill_eight_bits(module: nn.Module, layout: LayerLayout) -> None:

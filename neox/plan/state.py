@@ -77,6 +77,14 @@ def has_bfloat16_optimizer(config: NeoXConfig) -> bool:
     )
 
 
+def group_numels(config: NeoXConfig, trained: Sequence[nn.Parameter]) -> list[list[int]]:
+    """Elements of the trained weights, by optimizer group."""
+    return [
+        [p.numel() for p in group["params"]]  # type: ignore[attr-defined]
+        for group in parameter_groups(trained, config.weight_decay)
+    ]
+
+
 def flat_size(numels: Sequence[int], config: NeoXConfig, size: int) -> int:
     """Elements of the vector of one optimizer group; `size` is an element's bytes."""
     aligned, total = 1, 0
@@ -109,10 +117,7 @@ def held(
         state = state_bytes(config, [p.numel() for p in trained], torch.float32)
         copied = min(own, _DEFAULT_BUCKET * size) if config.dp > 1 else 0
         return Held(rest + own, own, state, step=copied)
-    groups = [
-        [p.numel() for p in group["params"]]  # type: ignore[attr-defined]
-        for group in parameter_groups(trained, config.weight_decay)
-    ]
+    groups = group_numels(config, trained)
     if stage == 3:
         return _sharded(config, groups, rest, size, on_cpu)
     flat = [flat_size(group, config, size) for group in groups]

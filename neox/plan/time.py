@@ -63,9 +63,7 @@ def step_time(
     More than one chunk is the interleaved schedule, which this engine does not have.
     """
     grid = work.topology
-    cluster = cluster.for_ranks(grid.world_size)
-    stages = [stage_time(work, i, shape, cluster) for i in range(grid.pp)]
-    send = max(_seconds_of_a_send(stage.messages, grid, cluster) for stage in work.stages)
+    stages, send = _stages(work, shape, cluster)
     forward, backward = [s.forward for s in stages], [s.backward for s in stages]
     pipeline = pipeline_seconds(forward, backward, work.micro_batches, order, send, chunks)
     slowest = max(range(grid.pp), key=lambda i: forward[i] + backward[i])
@@ -91,12 +89,18 @@ def step_time(
 
 def step_timeline(work: Work, shape: Shape, cluster: Cluster) -> Timeline:
     """When each stage of a step works and when it waits, for a picture."""
+    stages, send = _stages(work, shape, cluster)
+    forward, backward = [s.forward for s in stages], [s.backward for s in stages]
+    return simulate(forward, backward, work.micro_batches, send=send)
+
+
+def _stages(work: Work, shape: Shape, cluster: Cluster) -> tuple[list[StageTime], float]:
+    """The times of every stage, and of the longest send between two."""
     grid = work.topology
     cluster = cluster.for_ranks(grid.world_size)
     stages = [stage_time(work, i, shape, cluster) for i in range(grid.pp)]
-    send = max(_seconds_of_a_send(stage.messages, grid, cluster) for stage in work.stages)
-    forward, backward = [s.forward for s in stages], [s.backward for s in stages]
-    return simulate(forward, backward, work.micro_batches, send=send)
+    sends = [_seconds_of_a_send(stage.messages, grid, cluster) for stage in work.stages]
+    return stages, max(sends)
 
 
 def stage_time(work: Work, stage: int, shape: Shape, cluster: Cluster) -> StageTime:

@@ -8,6 +8,7 @@ from typing import Any
 
 from tests import small_tokenizer
 from tests.data.datasets import write_dataset
+from tests.evaluation.sums import write_sums
 from tests.models import BASE
 
 PYTHON = Path(__file__).parents[2] / ".venv" / "bin" / "python"
@@ -15,27 +16,15 @@ DEEPY = Path(__file__).parents[2] / "deepy.py"
 LENGTH = 32
 ITERATIONS = 4
 
-_TASK = """
-task: sums
-dataset_path: json
-dataset_kwargs: {data_files: {test: texts.jsonl}}
-test_split: test
-output_type: loglikelihood
-doc_to_text: "{{text.split(' is')[0]}} is"
-doc_to_target: "{{text.split('is')[1]}}"
-metric_list: [{metric: perplexity}, {metric: acc}]
-"""
-
 
 def write_folder(folder: Path, **values: Any) -> None:
-    """model.yml (tp 2, pp 2, `values` over it), its data, tokenizer, prompts and a task."""
+    """model.yml (tp 2, pp 2, `values` over it), its data, tokenizer, prompts, a task and hosts."""
     folder.mkdir(parents=True)
     tokenizer = small_tokenizer.write(folder)
     write_dataset(folder / "data", [40] * 30, modulo=280)
+    (folder / "hosts").write_text("alpha slots=2\nbeta slots=2\n")
     (folder / "prompts.txt").write_text("It was\nthe age of\n")
-    (folder / "task.yaml").write_text(_TASK)
-    texts = [json.dumps({"text": f"{i} and {i} is {2 * i}"}) for i in range(12)]
-    (folder / "texts.jsonl").write_text("\n".join(texts) + "\n")
+    write_sums(folder, [f"{i} and {i} is {2 * i}" for i in range(12)])
     settings = BASE | {
         "num_layers": 4,
         "seq_length": LENGTH,

@@ -30,7 +30,6 @@ def folder(cluster: Cluster) -> Path:
     """A model to train over hosts that the file `hosts` lists."""
     folder = cluster.folder / "work folder"
     write_folder(folder)
-    (folder / "hosts").write_text("alpha slots=2\nbeta slots=2\n")
     return folder
 
 

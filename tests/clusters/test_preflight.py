@@ -18,7 +18,6 @@ SECONDS = 60.0  # on a machine that does much else; alone it takes six
 def folder(cluster: Cluster) -> Path:
     folder = cluster.folder / "preflight"
     write_folder(folder)
-    (folder / "hosts").write_text("alpha slots=2\nbeta slots=2\n")
     return folder
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from tests import scripts, small_tokenizer
+from tests.evaluation.sums import write_sums
 from tests.models import BASE
 from tests.scripts import Script
 from tests.world import World
@@ -31,16 +32,6 @@ MODEL = {
     "tokenizer_type": "HFTokenizer",
     "make_vocab_size_divisible_by": 64,
 }
-TASK = """
-task: sums
-dataset_path: json
-dataset_kwargs: {data_files: {test: texts.jsonl}}
-test_split: test
-output_type: loglikelihood
-doc_to_text: "{{text.split(' is')[0]}} is"
-doc_to_target: "{{text.split('is')[1]}}"
-metric_list: [{metric: perplexity}, {metric: acc}]
-"""
 
 
 @pytest.fixture
@@ -48,9 +39,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A model, its configuration, and a task of 400 texts."""
     for name, value in {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}.items():
         monkeypatch.setenv(name, value)
-    texts = [json.dumps({"text": f"{i} times {i + 1} is {i * (i + 1)}"}) for i in range(400)]
-    (tmp_path / "texts.jsonl").write_text("\n".join(texts) + "\n")
-    (tmp_path / "task.yaml").write_text(TASK)
+    write_sums(tmp_path, [f"{i} times {i + 1} is {i * (i + 1)}" for i in range(400)])
     small_tokenizer.write(tmp_path)
     values = {
         **MODEL,
