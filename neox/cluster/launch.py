@@ -12,14 +12,16 @@ import signal
 import socket
 import sys
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from neox import log
 from neox.cluster.execute import Place, execute, prepare_environment
 from neox.cluster.hosts import Slots, cores, cuda_devices, find_hostfile, read_hostfile, select
+from neox.cluster.restarts import run
 from neox.cluster.run_folder import Job, RunFolder
-from neox.cluster.supervise import GRACE_S, supervise
+from neox.cluster.supervise import GRACE_S, Outcome, supervise
 from neox.config import Devices, NeoXConfig
 from neox.errors import ConfigError
 
@@ -99,7 +101,35 @@ def launch(entry_point: str | None, script: Path | None, config: NeoXConfig, pla
     several_hosts = plan.hostfile is not None
     if plan.world_size > 1 and plan.device == "cpu" and config.distributed_backend == "nccl":
         log.info(f"no CUDA device: {plan.world_size} processes on the CPU, gloo instead of nccl")
-    job = Job(
+    # What else there is has nothing to go on from.
+    restarts = config.restarts if entry_point in ("train", None) else 0
+    if plan.world_size == 1 and not several_hosts and not restarts:
+        return _run_in_place(_job(entry_point, script, config, plan), config, plan)
+
+    def attempt(config: NeoXConfig, extra: Mapping[str, str]) -> Outcome:
+        job = _job(entry_point, script, config, plan)
+        # The other hosts see the current folder, not this machine's /tmp.
+        folder = RunFolder.create(job, config, parent=Path.cwd() if several_hosts else None)
+        try:
+            command = [*deepspeed_command(plan, job, config), str(_WORKER), str(folder.path)]
+            return supervise(
+                command,
+                {**_launcher_environment(job), **extra},
+                folder,
+                plan.world_size,
+                hosts=plan.hosts if several_hosts else (),
+                grace_s=_grace(entry_point, config),
+                watchdog_s=config.watchdog_timeout if entry_point == "train" else 0.0,
+            )
+        finally:
+            folder.remove()
+
+    return run(config, attempt, restarts)
+
+
+def _job(entry_point: str | None, script: Path | None, config: NeoXConfig, plan: Plan) -> Job:
+    several_hosts = plan.hostfile is not None
+    return Job(
         entry_point=entry_point,
         script=None if script is None else str(script),
         device=plan.device,
@@ -110,22 +140,6 @@ def launch(entry_point: str | None, script: Path | None, config: NeoXConfig, pla
         host=socket.gethostname(),
         log_dir=config.log_dir,
     )
-    if plan.world_size == 1 and not several_hosts:
-        return _run_in_place(job, config, plan)
-    # The other hosts see the current folder, not this machine's /tmp.
-    folder = RunFolder.create(job, config, parent=Path.cwd() if several_hosts else None)
-    try:
-        command = [*deepspeed_command(plan, job, config), str(_WORKER), str(folder.path)]
-        return supervise(
-            command,
-            _launcher_environment(job),
-            folder,
-            plan.world_size,
-            several_hosts=several_hosts,
-            grace_s=_grace(entry_point, config),
-        )
-    finally:
-        folder.remove()
 
 
 def _grace(entry_point: str | None, config: NeoXConfig) -> float:

@@ -28,6 +28,15 @@ class RunnerConfig:
     no_ssh_check: bool = key(False, "Don't try ssh to the hosts before launching.")
     deepspeed_mpi: bool = key(False, "Started by mpirun: read the ranks from MPI's environment.")
     deepspeed_slurm: bool = key(False, "Started by srun: read the ranks from Slurm's environment.")
+    restarts: int = key(
+        0, "Times that training goes on from its newest checkpoint after a failure.", low=0
+    )
+    # Below the half hour after which torch's groups give up by themselves, with tracebacks.
+    watchdog_timeout: float = key(
+        1500.0,
+        "Seconds that a process of several that train may do nothing, until the run ends; 0: ever.",
+        low=0,
+    )
     comment: str | None = key(None, "Slurm's --comment.")
     account: str | None = key(None, "Slurm's --account.")
     autotuning_run: str | None = refused(

@@ -1,0 +1,106 @@
+"""Every collective, noted in this process's page (neox.progress) when it begins and ends.
+
+torch.distributed's functions are wrapped once, before megatron-core and DeepSpeed are imported,
+which call the same ones. It costs some two microseconds a call.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+from neox import progress
+from neox.parallel.topology import Topology
+
+_COLLECTIVES = (
+    *("all_reduce", "all_gather", "all_gather_into_tensor", "all_gather_single", "gather"),
+    *("reduce", "reduce_scatter", "reduce_scatter_tensor", "reduce_scatter_single", "scatter"),
+    *("all_to_all", "all_to_all_single", "broadcast", "barrier", "send", "recv"),
+    *("isend", "irecv", "batch_isend_irecv"),
+)
+_PEERS = ("dst", "src")  # of what goes between two ranks only
+_BETWEEN_TWO = ("send", "recv", "isend", "irecv")
+
+
+class _Watch:
+    """The names of groups, and how many calls each has had."""
+
+    def __init__(self, topology: Topology) -> None:
+        self._axes = {
+            tuple(ranks): name
+            for name, axes in (("replica", ("pp", "tp")), ("pp", ("pp",)), ("dp", ("dp",)))
+            for ranks in topology.groups(*axes)  # type: ignore[arg-type]
+        } | {tuple(ranks): "tp" for ranks in topology.groups("tp")}
+        self._axes[tuple(range(topology.world_size))] = "all ranks"
+        self._calls: dict[tuple[str, str, Any], list[Any]] = {}  # -> name, its group's counter
+        self._counts: dict[str, list[int]] = {}  # by group
+
+    def call(self, function: str, group: Any, peer: Any) -> list[Any]:
+        key = (function, "" if group is None else group.group_name, peer)
+        known = self._calls.get(key)
+        if known is None:
+            known = self._calls[key] = self._new(function, group, peer)
+        return known
+
+    def _new(self, function: str, group: Any, peer: Any) -> list[Any]:
+        ranks = tuple(dist.get_process_group_ranks(group or dist.group.WORLD))
+        name = self._axes.get(ranks) or f"ranks {', '.join(map(str, ranks))}"
+        way = {"send": "to", "isend": "to", "recv": "from", "irecv": "from"}.get(function)
+        with_whom = f" {way} rank {peer}" if way and isinstance(peer, int) else f" of {name}"
+        counter = self._counts.setdefault(",".join(map(str, ranks)), [0])
+        return [f"{function}{with_whom}".encode(), counter]
+
+
+def install(topology: Topology) -> None:
+    """Wrap the functions of torch.distributed; call once, and before they are bound elsewhere."""
+    watch = _Watch(topology)
+    for name in _COLLECTIVES:
+        function = getattr(dist, name, None)
+        if function is None:
+            continue
+        wrapped = _wrapped(function, name, watch)
+        for module in (dist, dist.distributed_c10d):
+            if getattr(module, name, None) is function:
+                setattr(module, name, wrapped)
+
+
+def _wrapped(function: Callable[..., Any], name: str, watch: _Watch) -> Callable[..., Any]:
+    page = progress.page()
+    parameters = list(inspect.signature(function).parameters)
+    group_at = parameters.index("group") if "group" in parameters else None
+    peers = [peer for peer in _PEERS if peer in parameters and name in _BETWEEN_TWO]
+    peer_at = parameters.index(peers[0]) if peers else None
+
+    @functools.wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        group = kwargs.get("group")
+        if group is None and group_at is not None and len(args) > group_at:
+            group = args[group_at]
+        peer = None
+        if peer_at is not None:
+            peer = args[peer_at] if len(args) > peer_at else kwargs.get(peers[0])
+        try:
+            label, counter = watch.call(name, group, peer)
+        except (AttributeError, RuntimeError, ValueError):  # no such group: torch will say so
+            return function(*args, **kwargs)
+        counter[0] += 1
+        number, size = counter[0], _bytes(args[0] if args else next(iter(kwargs.values()), None))
+        page.begin_call(label, number, size)
+        result = function(*args, **kwargs)
+        page.end_call(label, number, size)
+        return result
+
+    return wrapper
+
+
+def _bytes(what: Any) -> int:
+    if isinstance(what, Tensor):
+        return what.nbytes
+    if isinstance(what, list):
+        return sum(_bytes(getattr(each, "tensor", each)) for each in what)
+    return 0
