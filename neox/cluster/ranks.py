@@ -94,7 +94,11 @@ class Ranks:
         self.first: float | None = None  # when the first rank reported
         self._strangers: list[_Stranger] = []
         self._beaten = 0.0
+        self._order: dict[str, Any] = {}
         self._later: list[Callable[[], object]] = []
+
+    def sorted(self) -> list[Rank]:
+        return [rank for _, rank in sorted(self.known.items())]
 
     def close(self) -> None:
         for rank in self.known.values():
@@ -103,6 +107,11 @@ class Ranks:
             stranger.line.close()
         for listener in self.listeners:
             listener.close()
+
+    def order(self, **message: Any) -> None:
+        """`tell`, and say it also to those that are still to come."""
+        self._order = message
+        self.tell(**message)
 
     def tell(self, **message: Any) -> None:
         """Say something to every keeper that is there."""
@@ -176,6 +185,8 @@ class Ranks:
             return
         self.known[rank.number] = rank
         self.first = self.first or now
+        if self._order:
+            rank.line.send(**self._order)
         for message in messages[1:]:
             self._take(rank, message)
 

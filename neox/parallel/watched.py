@@ -31,12 +31,12 @@ class _Watch:
     """The names of groups, and how many calls each has had."""
 
     def __init__(self, topology: Topology) -> None:
+        self._world_size = topology.world_size
         self._axes = {
             tuple(ranks): name
             for name, axes in (("replica", ("pp", "tp")), ("pp", ("pp",)), ("dp", ("dp",)))
-            for ranks in topology.groups(*axes)  # type: ignore[arg-type]
+            for ranks in topology.groups(*axes)
         } | {tuple(ranks): "tp" for ranks in topology.groups("tp")}
-        self._axes[tuple(range(topology.world_size))] = "all ranks"
         self._calls: dict[tuple[str, str, Any], list[Any]] = {}  # -> name, its group's counter
         self._counts: dict[str, list[int]] = {}  # by group
 
@@ -49,7 +49,10 @@ class _Watch:
 
     def _new(self, function: str, group: Any, peer: Any) -> list[Any]:
         ranks = tuple(dist.get_process_group_ranks(group or dist.group.WORLD))
-        name = self._axes.get(ranks) or f"ranks {', '.join(map(str, ranks))}"
+        name = f"ranks {', '.join(map(str, ranks))}"
+        if len(ranks) == self._world_size:
+            name = "all ranks"
+        name = name if group is None else self._axes.get(ranks, name)
         way = {"send": "to", "isend": "to", "recv": "from", "irecv": "from"}.get(function)
         with_whom = f" {way} rank {peer}" if way and isinstance(peer, int) else f" of {name}"
         counter = self._counts.setdefault(",".join(map(str, ranks)), [0])
