@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -e -u -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install demo test bench clean
+.PHONY: help install demo test test-cluster bench clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -10,7 +10,7 @@ INSTALLED := .venv/installed
 WORKERS ?= 2
 
 help:  ## list these commands
-	@sed -nE 's/^([a-z]+):[^#]*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+	@sed -nE 's/^([a-z-]+):[^#]*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
 
 install: $(INSTALLED)  ## put the pinned requirements into .venv, unless they are there
 
@@ -43,6 +43,10 @@ test: install  ## style, types and every test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/pytest -n $(WORKERS) --dist worksteal
+
+# On Debian: hosts are namespaces, and what is missing of Slurm, MPI and ssh is installed.
+test-cluster: install  ## launch on several hosts, made on this machine; needs root
+	$(BIN)/pytest tests/clusters
 
 # Those that can be run have a main.
 bench: install  ## the benchmarks in their quick form

@@ -7,26 +7,22 @@ import os
 import runpy
 import socket
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 from neox import log
-from neox.cluster.hosts import cores
+from neox.cluster.hosts import cores, cuda_driver
+from neox.cluster.network import interface_towards
+from neox.cluster.peers import check_peers
+from neox.cluster.place import Place
 from neox.cluster.run_folder import CONFIG_FILE, Job
 from neox.config import NeoXConfig
 
 
-@dataclass(frozen=True)
-class Place:
-    """A process's rank, its rank on this host, and how many processes there are on this host."""
-
-    rank: int = 0
-    local_rank: int = 0
-    local_size: int = 1
-
-
 def prepare_environment(job: Job, place: Place) -> None:
     """Set what the libraries read while they are imported; call before torch is."""
+    slots = job.slots(place.rank)
+    if job.device is None and slots != list(range(len(slots))):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, slots))
     os.environ.update(
         RANK=str(place.rank),
         LOCAL_RANK=str(place.local_rank),
@@ -36,7 +32,7 @@ def prepare_environment(job: Job, place: Place) -> None:
     )
     if place.local_size > 1:
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // place.local_size)))
-    if job.device == "cpu":
+    if job.device == "cpu" or (job.device is None and not cuda_driver()):
         # A launcher numbers its processes in CUDA_VISIBLE_DEVICES, also on a CPU.
         os.environ.update(CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu")
     if job.world_size == place.local_size:
@@ -44,6 +40,9 @@ def prepare_environment(job: Job, place: Place) -> None:
         loopback = [name for _, name in socket.if_nameindex() if name.startswith("lo")]
         if loopback:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback[0])
+    elif (interface := interface_towards([job.master_addr, *job.hosts])) is not None:
+        # gloo takes the address of this host's name, which Debian's /etc/hosts makes 127.0.1.1.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     os.environ.setdefault("HOME", os.path.expanduser("~"))  # cron has none; W&B's service wants it
     log.set_rank(place.rank)
@@ -68,17 +67,22 @@ def execute(job: Job, config: NeoXConfig, config_file: Path | None, place: Place
 
     import torch
 
-    from neox.parallel.groups import initialize, shutdown
+    from neox.parallel.groups import connect, initialize, shutdown
     from neox.parallel.topology import Topology
 
     # Entry points stand above this package; like a user's script, they are named by the job.
     entry_point = importlib.import_module(f"neox.entrypoints.{job.entry_point}")
     if job.device == "cuda" or (job.device is None and torch.cuda.is_available()):
-        device, backend = torch.device("cuda", place.local_rank), config.distributed_backend
+        # srun --gpus-per-task shows each process its own one alone.
+        index = place.local_rank if torch.cuda.device_count() > 1 else 0
+        device, backend = torch.device("cuda", index), config.distributed_backend
         torch.cuda.set_device(device)
     else:
         device, backend = torch.device("cpu"), "gloo"
     replicas = job.world_size // (config.tp * config.pp)
+    if job.world_size > place.local_size:
+        connect(backend)
+        check_peers(config)
     groups = initialize(Topology(config.pp, replicas, config.tp), backend, device)
     entry_point.main(config, groups)
     shutdown(groups)

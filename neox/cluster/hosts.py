@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 from collections.abc import Mapping
 from pathlib import Path
 
+from neox.cluster.nodelist import counts, expand
 from neox.config import NeoXConfig
 from neox.errors import ConfigError
 
 Slots = dict[str, list[int]]  # host name -> slot numbers, in the order ranks are given out
 
 # What exists where a driver of NVIDIA's, of NVIDIA's under Windows, or of AMD's is loaded.
-_DRIVERS = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
+DRIVERS = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
+
+
+def cuda_driver() -> bool:
+    """Whether this machine may have a CUDA device at all."""
+    return any(Path(driver).exists() for driver in DRIVERS)
 
 
 def cuda_devices() -> list[int]:
@@ -22,7 +29,7 @@ def cuda_devices() -> list[int]:
     torch is asked, and imported for it, only where a driver is loaded.
     """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible == "" or not any(Path(driver).exists() for driver in _DRIVERS):
+    if visible == "" or not cuda_driver():
         return []
     import torch
 
@@ -61,6 +68,29 @@ def find_hostfile(config: NeoXConfig) -> Path | None:
     return None
 
 
+def own_names() -> set[str]:
+    """The names under which a hostfile may mean this machine."""
+    name = socket.gethostname()
+    return {"localhost", "127.0.0.1", name, name.partition(".")[0]}
+
+
+def slurm_hosts(environ: Mapping[str, str]) -> Slots | None:
+    """The hosts of the Slurm job around us, None outside of one.
+
+    A host has as many slots as GPUs (--gpus-per-node, --gres), or else tasks (--ntasks-per-node).
+    """
+    if "SLURM_JOB_NODELIST" not in environ:
+        return None
+    names = expand(environ["SLURM_JOB_NODELIST"])
+    gpus = environ.get("SLURM_GPUS_PER_NODE", "").rpartition(":")[2]  # 8 or a100:8
+    gpus = gpus or environ.get("SLURM_GPUS_ON_NODE", "")
+    if gpus.isdigit() and int(gpus):
+        slots = [int(gpus)] * len(names)
+    else:
+        slots = counts(environ.get("SLURM_TASKS_PER_NODE", f"1(x{len(names)})"))
+    return {name: list(range(n)) for name, n in zip(names, slots, strict=True)}
+
+
 def read_hostfile(path: Path) -> Slots:
     """Parse lines of `host slots=N`; # starts a comment."""
     hosts: Slots = {}
@@ -80,8 +110,15 @@ def read_hostfile(path: Path) -> Slots:
     return hosts
 
 
-def select(hosts: Mapping[str, list[int]], config: NeoXConfig) -> Slots:
-    """What include or exclude, else num_nodes and num_gpus (per host), leave of `hosts`."""
+def select(
+    hosts: Mapping[str, list[int]],
+    config: NeoXConfig,
+    advice: str = "CUDA_VISIBLE_DEVICES= (empty) in front of the command runs it on the CPU",
+) -> Slots:
+    """What include or exclude, else num_nodes and num_gpus (per host), leave of `hosts`.
+
+    Raises ConfigError for what is not there; `advice` is what to do about too few slots.
+    """
     if config.include:
         wanted = _parse_filter("include", config.include, hosts)
         return {host: wanted[host] for host in hosts if host in wanted}
@@ -94,12 +131,15 @@ def select(hosts: Mapping[str, list[int]], config: NeoXConfig) -> Slots:
         if not any(left.values()):
             raise ConfigError(f"exclude: {config.exclude} leaves nothing to run on")
         return {host: slots for host, slots in left.items() if slots}
+    if config.num_nodes > len(hosts):
+        raise ConfigError(
+            f"num_nodes is {config.num_nodes}, but there are {len(hosts)} hosts: {', '.join(hosts)}"
+        )
     names = list(hosts)[: config.num_nodes] if config.num_nodes > 0 else list(hosts)
     for host in names:
         if (config.num_gpus or 0) > len(hosts[host]):
             raise ConfigError(
-                f"num_gpus is {config.num_gpus}, but {host} has {len(hosts[host])}; "
-                "CUDA_VISIBLE_DEVICES= (empty) in front of the command runs it on the CPU"
+                f"num_gpus is {config.num_gpus}, but {host} has {len(hosts[host])}; " + advice
             )
     return {host: hosts[host][: config.num_gpus or None] for host in names}
 

@@ -1,31 +1,45 @@
-"""Decide which processes a run has and start them: one in place, several through DeepSpeed."""
+"""Decide which processes a run has and start them: one in place, several by a launcher."""
 
 from __future__ import annotations
 
-import base64
 import contextlib
-import json
 import os
 import random
-import shlex
 import signal
 import socket
-import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from neox import log
-from neox.cluster.execute import Place, execute, prepare_environment
-from neox.cluster.hosts import Slots, cores, cuda_devices, find_hostfile, read_hostfile, select
+from neox.cluster.environment import write_start
+from neox.cluster.execute import execute, prepare_environment
+from neox.cluster.hosts import (
+    Slots,
+    cores,
+    cuda_devices,
+    find_hostfile,
+    own_names,
+    read_hostfile,
+    select,
+    slurm_hosts,
+)
+from neox.cluster.place import FIRST_PORT, INHERITED, LAST_PORT, Place, Started
+from neox.cluster.preflight import check_hosts
 from neox.cluster.restarts import run
 from neox.cluster.run_folder import Job, RunFolder
-from neox.cluster.supervise import GRACE_S, Outcome, supervise
+from neox.cluster.runners import (
+    SSH_LAUNCHERS,
+    WORKER,
+    command_over_hosts,
+    find_program,
+    local_command,
+)
+from neox.cluster.supervise import GRACE_S, supervise
+from neox.cluster.verdict import Outcome
 from neox.config import Devices, NeoXConfig
 from neox.errors import ConfigError
-
-_WORKER = Path(__file__).with_name("worker.py")
 
 
 @dataclass(frozen=True)
@@ -34,7 +48,7 @@ class Plan:
 
     hosts: Slots
     device: str | None  # "cpu", "cuda", or None: each host decides for itself
-    hostfile: Path | None = None  # of a run through ssh, MPI or Slurm
+    launcher: str | None = None  # what starts them over several hosts; None: they are all here
 
     @property
     def world_size(self) -> int:
@@ -48,7 +62,7 @@ def find_devices(config: NeoXConfig) -> Devices:
     """
     there = _look_around(config)
     slots = tuple(len(slots) for slots in there.hosts.values())
-    return Devices(slots if any(slots) else (), cores(), all_start=there.hostfile is not None)
+    return Devices(slots if any(slots) else (), cores(), all_start=there.launcher is not None)
 
 
 def make_plan(config: NeoXConfig) -> Plan:
@@ -57,7 +71,7 @@ def make_plan(config: NeoXConfig) -> Plan:
     Raises ConfigError for hosts or devices that are named and are not there.
     """
     there = _look_around(config)
-    if there.hostfile is not None:
+    if there.launcher is not None:
         return there
     (slots,) = there.hosts.values()
     slots = (slots or list(range(config.world_size)))[: config.world_size]
@@ -67,29 +81,42 @@ def make_plan(config: NeoXConfig) -> Plan:
 def _look_around(config: NeoXConfig) -> Plan:
     """Every slot that there is.
 
-    Hosts come from the hostfile. Without one, this machine has as many slots as visible CUDA
-    devices; without those, num_gpus on the CPU, or none that are numbered: [].
+    Hosts come from the hostfile or, for launcher: slurm, from the job around us. Without either,
+    this machine has as many slots as visible CUDA devices; without those, num_gpus on the CPU, or
+    none that are numbered: [].
     """
     hostfile = find_hostfile(config)
     slots = None
-    if hostfile is not None:
-        hosts = select(read_hostfile(hostfile), config)
-        here = {"localhost", "127.0.0.1", socket.gethostname()}
-        if config.force_multi or len(hosts) > 1 or not here.issuperset(hosts):
-            return Plan(hosts, None, hostfile)
-        (slots,) = hosts.values()
-    elif config.num_nodes > 1:
+    hosts = _named_hosts(hostfile, config)
+    if hosts is None and (config.force_multi or config.num_nodes > 1):
+        why = "force_multi is set" if config.force_multi else f"num_nodes is {config.num_nodes}"
         raise ConfigError(
-            f"num_nodes is {config.num_nodes}, but no hostfile names the hosts; give one with -H"
+            f"{why}, but no hostfile names the hosts; give one with -H, or set launcher: slurm "
+            "in a job of Slurm's (salloc, sbatch)"
         )
+    if hosts is not None:
+        if config.force_multi or len(hosts) > 1 or not own_names().issuperset(hosts):
+            return Plan(hosts, None, config.launcher)
+        (slots,) = hosts.values()
     devices = cuda_devices()
     if not devices:
         return Plan({"localhost": slots or list(range(config.num_gpus or 0))}, "cpu")
     if slots is None:
         (slots,) = select({"localhost": devices}, config).values()
     if not set(slots) <= set(devices):
-        raise ConfigError(f"{hostfile}: slots {slots}, but the CUDA devices here are {devices}")
+        where = hostfile or "Slurm's job"
+        raise ConfigError(f"{where}: slots {slots}, but the CUDA devices here are {devices}")
     return Plan({"localhost": slots}, "cuda")
+
+
+def _named_hosts(hostfile: Path | None, config: NeoXConfig) -> Slots | None:
+    """The hosts and slots of the hostfile or of Slurm's job that the configuration selects."""
+    if hostfile is not None:
+        return select(read_hostfile(hostfile), config, f"write slots=N there, in {hostfile}")
+    hosts = slurm_hosts(os.environ) if config.launcher == "slurm" else None
+    if hosts is None:
+        return None
+    return select(hosts, config, "ask Slurm for them with --ntasks-per-node or --gpus-per-node")
 
 
 def launch(entry_point: str | None, script: Path | None, config: NeoXConfig, plan: Plan) -> int:
@@ -98,23 +125,34 @@ def launch(entry_point: str | None, script: Path | None, config: NeoXConfig, pla
     Returns the exit status. A NeoXError of a process that ran in place is raised here; one of
     several processes has been printed.
     """
-    several_hosts = plan.hostfile is not None
+    several_hosts = plan.launcher is not None
     if plan.world_size > 1 and plan.device == "cpu" and config.distributed_backend == "nccl":
         log.info(f"no CUDA device: {plan.world_size} processes on the CPU, gloo instead of nccl")
     # What else there is has nothing to go on from.
     restarts = config.restarts if entry_point in ("train", None) else 0
     if plan.world_size == 1 and not several_hosts and not restarts:
-        return _run_in_place(_job(entry_point, script, config, plan), config, plan)
+        if plan.device == "cuda":  # as DeepSpeed's launcher does for each of several
+            os.environ["CUDA_VISIBLE_DEVICES"] = str(plan.hosts["localhost"][0])
+        return _run_in_place(_job(entry_point, script, config, plan), config, Place())
+    if several_hosts:
+        find_program(config.launcher)
 
     def attempt(config: NeoXConfig, extra: Mapping[str, str]) -> Outcome:
         job = _job(entry_point, script, config, plan)
+        environment = {**_launcher_environment(job), **extra}
         # The other hosts see the current folder, not this machine's /tmp.
         folder = RunFolder.create(job, config, parent=Path.cwd() if several_hosts else None)
         try:
-            command = [*deepspeed_command(plan, job, config), str(_WORKER), str(folder.path)]
+            if several_hosts:
+                write_start(folder.path, environment)
+                if config.launcher in SSH_LAUNCHERS and not config.no_ssh_check:
+                    check_hosts(plan.hosts, folder.path)
+                command = command_over_hosts(plan.hosts, job, config, folder.path)
+            else:
+                command = [*local_command(plan.hosts, job), str(WORKER), str(folder.path)]
             return supervise(
                 command,
-                {**_launcher_environment(job), **extra},
+                environment,
                 folder,
                 plan.world_size,
                 hosts=plan.hosts if several_hosts else (),
@@ -128,7 +166,7 @@ def launch(entry_point: str | None, script: Path | None, config: NeoXConfig, pla
 
 
 def _job(entry_point: str | None, script: Path | None, config: NeoXConfig, plan: Plan) -> Job:
-    several_hosts = plan.hostfile is not None
+    several_hosts = plan.launcher is not None
     return Job(
         entry_point=entry_point,
         script=None if script is None else str(script),
@@ -136,9 +174,10 @@ def _job(entry_point: str | None, script: Path | None, config: NeoXConfig, plan:
         world_size=plan.world_size,
         master_addr=config.master_addr
         or (next(iter(plan.hosts)) if several_hosts else "127.0.0.1"),
-        master_port=config.master_port if several_hosts else _choose_port(config),
+        master_port=_choose_port(config),
         host=socket.gethostname(),
         log_dir=config.log_dir,
+        hosts=plan.hosts,
     )
 
 
@@ -147,20 +186,40 @@ def _grace(entry_point: str | None, config: NeoXConfig) -> float:
     return GRACE_S + (config.serve_grace + 10.0 if entry_point == "serve" else 0.0)
 
 
-def _run_in_place(job: Job, config: NeoXConfig, plan: Plan) -> int:
+def run_started(
+    entry_point: str | None, script: Path | None, config: NeoXConfig, started: Started
+) -> int:
+    """Run this process's share of a run whose processes the user has started.
+
+    Called by each of them. Returns the exit status; raises what went wrong in this process.
+    """
+    address, port = started.meeting_point(config)
+    job = Job(
+        entry_point=entry_point,
+        script=None if script is None else str(script),
+        device=None,
+        world_size=started.world_size,
+        master_addr=address,
+        master_port=port,
+        host=socket.gethostname(),
+    )
+    if started.place.rank > 0:  # the console is rank 0's; errors are everybody's
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    return _run_in_place(job, config, started.place)
+
+
+def _run_in_place(job: Job, config: NeoXConfig, place: Place) -> int:
     # Set even where the shell started us with SIGINT ignored, as it does for background jobs.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, _exit_by_signal)
-    if plan.device == "cuda":  # as DeepSpeed's launcher does for each of several
-        os.environ["CUDA_VISIBLE_DEVICES"] = str(plan.hosts["localhost"][0])
-    prepare_environment(job, Place())
+    prepare_environment(job, place)
     if job.script is None:
-        execute(job, config, None, Place())
+        execute(job, config, None, place)
         return 0
     with tempfile.NamedTemporaryFile("w", prefix="neox-config-", suffix=".json") as file:
         file.write(config.encode())
         file.flush()
-        execute(job, config, Path(file.name), Place())
+        execute(job, config, Path(file.name), place)
     return 0
 
 
@@ -168,56 +227,26 @@ def _exit_by_signal(number: int, frame: object) -> None:
     raise SystemExit(128 + number)  # so that files and runs are closed on the way out
 
 
-def deepspeed_command(plan: Plan, job: Job, config: NeoXConfig) -> list[str]:
-    """DeepSpeed's launcher, up to the script.
-
-    On one machine that is its per-host part alone: the runner in front of it would import torch
-    once more (two seconds) to start this very command, and report a kill of it as success.
-    Over several hosts it is the runner, given the user's hostfile and filters as they are; it
-    starts pdsh, mpirun or srun. That part has not been exercised on several machines yet.
-    """
-    common = ["--no_local_rank", "--log_level", "critical"]  # its errors, too, we say better
-    common += ["--master_addr", job.master_addr, "--master_port", str(job.master_port)]
-    if plan.hostfile is None:
-        hosts = base64.urlsafe_b64encode(json.dumps(plan.hosts).encode()).decode()
-        module = [sys.executable, "-m", "deepspeed.launcher.launch"]
-        return [*module, f"--world_info={hosts}", *common]
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", *common]
-    command += ["--hostfile", str(plan.hostfile), "--launcher", config.launcher]
-    if config.include or config.exclude:
-        command += ["--include", config.include] if config.include else []
-        command += ["--exclude", config.exclude] if config.exclude else []
-    else:
-        command += ["--num_nodes", str(config.num_nodes)] if config.num_nodes > 0 else []
-        command += ["--num_gpus", str(config.num_gpus)] if config.num_gpus else []
-    command += ["--force_multi"] if config.force_multi else []
-    command += ["--no_ssh_check"] if config.no_ssh_check else []
-    if config.launcher == "slurm":
-        options = {"account": config.account, "comment": config.comment}
-        given = [f"--{name}={shlex.quote(value)}" for name, value in options.items() if value]
-        command += ["--launcher_args", " ".join(given)] if given else []
-    return command
-
-
 def _launcher_environment(job: Job) -> dict[str, str]:
-    environment = dict(os.environ)
-    path = [str(_WORKER.parents[2]), *filter(None, [environment.get("PYTHONPATH")])]
-    environment["PYTHONPATH"] = os.pathsep.join(path)  # DeepSpeed passes it on to other hosts
+    environment = {name: value for name, value in os.environ.items() if name not in INHERITED}
+    path = [str(WORKER.parents[2]), *filter(None, [environment.get("PYTHONPATH")])]
+    environment["PYTHONPATH"] = os.pathsep.join(path)
     if job.device == "cpu":
         environment["DS_ACCELERATOR"] = "cpu"
     return environment
 
 
 def _choose_port(config: NeoXConfig) -> int:
-    """The user's port, else any that is free now: two runs on a machine do not meet.
+    """The user's port, else any that is free here now: two runs on a machine do not meet.
 
-    It is taken seconds later, when the ranks are up. So it lies below 32768, where Linux begins to
-    number outgoing connections, or one of those might have it by then.
+    It is taken seconds later, when the ranks are up, by rank 0, which may be on another host. So it
+    lies below 32768, where Linux begins to number outgoing connections, or one of those might have
+    it by then.
     """
     if config.origin("master_port") != "default":
         return config.master_port
     while True:
-        port = random.randrange(20000, 32768)
+        port = random.randrange(FIRST_PORT, LAST_PORT + 1)
         with socket.socket() as listener, contextlib.suppress(OSError):
             listener.bind(("127.0.0.1", port))
             return port

@@ -10,7 +10,9 @@ from pathlib import Path
 
 from neox import log
 from neox.cluster.arguments import DEFAULT_CONFIG, Arguments, parse
-from neox.cluster.launch import find_devices, launch, make_plan
+from neox.cluster.hosts import cores
+from neox.cluster.launch import find_devices, launch, make_plan, run_started
+from neox.cluster.place import Started, find_started
 from neox.config import Devices, NeoXConfig, load_config
 from neox.errors import NeoXError
 
@@ -35,23 +37,42 @@ def exit_status(run: Callable[[], int]) -> int:
 
 
 def _run(arguments: Arguments) -> int:
+    started = None if arguments.dry_run else find_started(os.environ)
+    if started is None:
+        config = _load(arguments, _find_devices_elsewhere if arguments.dry_run else find_devices)
+        if arguments.dry_run:
+            print(config.describe())
+            return 0
+        return launch(arguments.entry_point, arguments.script, config, make_plan(config))
+    return _run_one(arguments, started)
+
+
+def _run_one(arguments: Arguments, started: Started) -> int:
+    """This process's share, where srun or mpirun has started one for each rank."""
+    log.set_rank(started.place.rank)
+    try:
+        config = _load(arguments, lambda config: Devices(started.sizes, cores(), all_start=True))
+    except NeoXError:
+        if started.place.rank > 0:
+            return 2  # rank 0 reads the same files and says it
+        raise
+    return run_started(arguments.entry_point, arguments.script, config, started)
+
+
+def _load(arguments: Arguments, world_size: Callable[[NeoXConfig], Devices | None]) -> NeoXConfig:
     files = arguments.files
     if not files:
         log.info("no configuration file given: using configs/20B.yml")
         files = (DEFAULT_CONFIG,)
-    config = load_config(
+    return load_config(
         files,
         arguments.overrides,
         conf_dir=arguments.conf_dir,
         purpose=arguments.entry_point,
-        world_size=_find_devices_elsewhere if arguments.dry_run else find_devices,
+        world_size=world_size,
         # Somebody may look here at what is to run elsewhere.
         check_files=not arguments.dry_run,
     )
-    if arguments.dry_run:
-        print(config.describe())
-        return 0
-    return launch(arguments.entry_point, arguments.script, config, make_plan(config))
 
 
 def _find_devices_elsewhere(config: NeoXConfig) -> Devices | None:

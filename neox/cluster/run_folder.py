@@ -3,8 +3,10 @@
     config.json        the configuration, encoded; ranks never read YAML
     job.json           what to run
     control.json       where deepy.py listens to the ranks' keepers, and a key (mode 600)
+    start              over several hosts: what every process begins with, its variables too
+    launcher.log       and what the launcher says, told if nothing else explains a failure
     claimed            there while rank 0 is at a terminal and acts on Ctrl-C itself
-    rank_N.log         what rank N > 0 printed; in log_dir instead, and kept, when that is set
+    rank_N.log         what rank N > 0 printed; kept as log_dir/HOST_rank_N.log when that is set
 
 Each file is whole or absent. Nothing of a configuration appears on a command line.
 """
@@ -17,10 +19,12 @@ import os
 import shutil
 import socket
 import tempfile
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 
 from neox.atomic import write_text
+from neox.cluster.place import Place
 from neox.config import NeoXConfig
 
 # Every process of a run has it in its environment, which is how a stray one is found.
@@ -41,6 +45,24 @@ class Job:
     master_port: int
     host: str  # where the launcher is
     log_dir: str | None = None
+    hosts: dict[str, list[int]] = dataclasses.field(default_factory=dict)  # slots in rank order
+
+    def slots(self, rank: int) -> list[int]:
+        """The slots of the run on the host of `rank`; [] where that is not known."""
+        return next((slots for _, slots, ranks in self._ranks() if rank in ranks), [])
+
+    def place(self, rank: int) -> Place:
+        """Where a rank is: ranks are given out host by host, in order of their slots."""
+        for _, slots, ranks in self._ranks():
+            if rank in ranks:
+                return Place(rank, rank - ranks.start, len(slots))
+        raise AssertionError(f"rank {rank} has no place in {self.hosts}")
+
+    def _ranks(self) -> Iterator[tuple[str, list[int], range]]:
+        first = 0
+        for host, slots in self.hosts.items():
+            yield host, slots, range(first, first + len(slots))
+            first += len(slots)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,12 +95,25 @@ class RunFolder:
     def config_file(self) -> Path:
         return self.path / "config.json"
 
-    def log(self, rank: int) -> Path:
-        return Path(self.job.log_dir or self.path) / f"rank_{rank}.log"
+    def log(self, rank: int, host: str) -> Path:
+        """Of a rank on `host`."""
+        if self.job.log_dir is None:
+            return self.path / f"rank_{rank}.log"
+        return Path(self.job.log_dir) / f"{host}_rank_{rank}.log"
 
     @cached_property
     def job(self) -> Job:
         return Job(**json.loads((self.path / "job.json").read_text()))
+
+    @property
+    def started_over_hosts(self) -> bool:
+        """Whether pdsh, srun or an mpirun starts the ranks."""
+        return (self.path / "start").exists()
+
+    def launchers_words(self) -> list[str]:
+        """What that launcher said, and what processes said that came to no rank."""
+        noise = self.path / "launcher.log"
+        return noise.read_text(errors="replace").splitlines() if noise.exists() else []
 
     def config(self) -> NeoXConfig:
         return NeoXConfig.decode(self.config_file.read_text())

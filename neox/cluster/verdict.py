@@ -103,7 +103,7 @@ class Verdict:
         if self.several_hosts and len(dead) > 1 and rank.host in hosts:
             here = [other.number for other in dead if other.host == rank.host]
             reason += f"; all ranks on {rank.host} have ended so: {', '.join(map(str, here))}"
-        shown = report.last_lines(self.folder.log(rank.number), LOG_LINES)
+        shown = report.last_lines(self.folder.log(rank.number, rank.host), LOG_LINES)
         outcome = self.outcome(code, reason, repeats=code != 128 + signal.SIGKILL)
         text = "\n".join([*shown, outcome.report])
         return dataclasses.replace(outcome, report=text)
@@ -132,7 +132,9 @@ class Verdict:
         unfinished = sorted(set(range(self.world_size)) - done)
         names = ", ".join(map(str, unfinished)) or "none"
         code, how = report.explain_status(status)
-        return self.outcome(code, f"DeepSpeed's launcher {how}; ranks not yet done: {names}")
+        outcome = self.outcome(code, f"the launcher {how}; ranks not yet done: {names}")
+        words = self.folder.launchers_words()[-LOG_LINES:]
+        return dataclasses.replace(outcome, report="\n".join([*words, outcome.report]))
 
     def hang(self, culprits: list[Rank], watchdog_s: float) -> Outcome:
         """Of ranks that keep all from getting on; the first has been asked for its stacks."""

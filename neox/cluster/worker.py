@@ -9,17 +9,21 @@ import json
 import mmap
 import os
 import signal
+import socket
+import subprocess
 import sys
 import tempfile
+import termios
 import time
 import traceback
 from pathlib import Path
 
 from neox import progress
 from neox.cluster import processes
-from neox.cluster.execute import Place, execute, prepare_environment
+from neox.cluster.execute import execute, prepare_environment
 from neox.cluster.keeper import Keeper
-from neox.cluster.run_folder import End, RunFolder
+from neox.cluster.place import Place, find_rank
+from neox.cluster.run_folder import End, Job, RunFolder
 from neox.config import NeoXConfig
 from neox.errors import ConfigError, NeoXError
 
@@ -28,21 +32,12 @@ from neox.errors import ConfigError, NeoXError
 LAST_WORDS_S = 60.0
 _MOST_WORDS = 16_000  # characters: they fit into a pipe that nobody reads yet
 
-# The names under which launchers tell a process its place: DeepSpeed's (and torchrun's), Slurm's,
-# OpenMPI's and PMI's (MPICH, MVAPICH).
-_PLACES = (
-    ("RANK", "LOCAL_RANK", "LOCAL_SIZE"),
-    ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE"),
-    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
-    ("PMI_RANK", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
-)
-
 
 def main() -> None:
     """Become the keeper of a rank, and start that as the child which runs its share."""
     del sys.path[0]  # this file's folder: its modules are to be found in their package only
     folder = RunFolder(Path(sys.argv[1]))
-    place = _find_place()
+    place = _find_place(folder.job)
     page = progress.Page(mmap.mmap(-1, progress.SIZE))
     words, mouth = os.pipe()
     stacks = _unnamed_file()
@@ -66,7 +61,10 @@ def _run_share(folder: RunFolder, place: Place, mouth: int) -> None:
     job = folder.job
     try:
         if place.rank > 0:
-            _speak_into(folder.log(place.rank))
+            _speak_into(folder.log(place.rank, socket.gethostname()))
+        elif folder.started_over_hosts:
+            log = folder.log(0, socket.gethostname()) if job.log_dir else None
+            _speak_through_launcher(log)
         prepare_environment(job, place)
         config = folder.config()
         if job.script is None:
@@ -107,15 +105,11 @@ def _unnamed_file() -> int:
     return handle
 
 
-def _find_place() -> Place:
-    for rank, local_rank, local_size in _PLACES:
-        if rank in os.environ:
-            return Place(
-                int(os.environ[rank]),
-                int(os.environ.get(local_rank, 0)),
-                int(os.environ.get(local_size, 1)),
-            )
-    raise SystemExit("worker.py is started by deepy.py, through a launcher that sets RANK")
+def _find_place(job: Job) -> Place:
+    rank = find_rank(os.environ)
+    if rank is None:
+        raise SystemExit("worker.py is started by deepy.py, through a launcher that sets RANK")
+    return job.place(rank)
 
 
 def _speak_into(log: Path) -> None:
@@ -128,6 +122,28 @@ def _speak_into(log: Path) -> None:
     null = os.open(os.devnull, os.O_RDONLY)
     for source, target in ((null, 0), (file, 1), (file, 2)):
         os.dup2(source, target)
+
+
+def _speak_through_launcher(log: Path | None) -> None:
+    """Send rank 0's output to the console by way of its launcher, and into `log` if it is kept.
+
+    It becomes one stream, for the launcher's standard error has words of its own on it, and no
+    terminal, though Open MPI gives one: nobody sits there.
+    """
+    if os.isatty(1):
+        settings = termios.tcgetattr(1)
+        settings[1] &= ~termios.OPOST  # or lines would end in \r\n
+        termios.tcsetattr(1, termios.TCSANOW, settings)
+    if log is not None:
+        log.parent.mkdir(parents=True, exist_ok=True)
+    # What asks a run to stop may ask all of its processes; the last words are still to be heard.
+    script = 'trap "" HUP INT TERM USR1 USR2; exec tee "$@"'
+    files = [] if log is None else [str(log)]
+    tee = subprocess.Popen(["/bin/sh", "-c", script, "sh", *files], stdin=subprocess.PIPE)
+    assert tee.stdin is not None
+    for stream in (1, 2):
+        os.dup2(tee.stdin.fileno(), stream)
+    tee.stdin.close()
 
 
 def _describe(error: BaseException) -> End:

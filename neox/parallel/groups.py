@@ -90,6 +90,12 @@ class ProcessGroups:
         return values
 
 
+def connect(backend: str) -> None:
+    """Start torch.distributed from the environment unless it is. Collective over the world."""
+    if not dist.is_initialized():
+        dist.init_process_group(backend, timeout=TIMEOUT)
+
+
 def initialize(topology: Topology, backend: str, device: torch.device) -> ProcessGroups:
     """Make the groups of `topology`. Collective over the world.
 
@@ -99,8 +105,7 @@ def initialize(topology: Topology, backend: str, device: torch.device) -> Proces
     """
     if topology.world_size == 1 and not dist.is_initialized():
         return ProcessGroups(topology, 0, device)
-    if not dist.is_initialized():
-        dist.init_process_group(backend, timeout=TIMEOUT)
+    connect(backend)
     rank = dist.get_rank()
     assert dist.get_world_size() == topology.world_size, (dist.get_world_size(), topology)
 
