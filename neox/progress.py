@@ -23,6 +23,7 @@ _CALL = struct.Struct("<?7xQQd88s")
 _STEP = struct.Struct("<Qd")  # the iteration that was begun, ticks between two are counted there
 _DOING = struct.Struct("<48s")
 _FLAG = struct.Struct("<B")
+_SINCE = struct.Struct("<d")
 _NUMBER = struct.Struct("<Q")
 _AT_STEP = _CALL.size
 _AT_DOING = _AT_STEP + _STEP.size
@@ -60,6 +61,11 @@ class Page:
 
     def end_call(self, name: bytes, number: int, size: int) -> None:
         _CALL.pack_into(self.memory, 0, False, number, size, time.monotonic(), name)
+
+    def wait(self, waiting: bool) -> None:
+        """Whether what was begun last is waited for."""
+        _FLAG.pack_into(self.memory, 0, waiting)
+        _SINCE.pack_into(self.memory, 24, time.monotonic())
 
     def begin_step(self, iteration: int) -> None:
         _STEP.pack_into(self.memory, _AT_STEP, iteration, time.monotonic())

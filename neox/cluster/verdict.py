@@ -112,7 +112,11 @@ class Verdict:
         for rank in failed:
             assert rank.end is not None
             if rank.end.error:
-                where = f" (rank {rank.number} on {rank.host})" if self.several_hosts else ""
+                same = [
+                    r for r in failed if r.end is not None and r.end.message == rank.end.message
+                ]
+                alone = self.several_hosts and len(same) == 1
+                where = f" (rank {rank.number} on {rank.host})" if alone else ""
                 return Outcome(rank.end.status, f"error: {rank.end.message}{where}")
         rank = min(failed, key=lambda rank: rank.unwell or 0.0)
         assert rank.end is not None

@@ -30,6 +30,8 @@ from neox.errors import ConfigError, NeoXError
 # How long a failed rank waits for the launcher to have read its last words and to end the job. Were
 # it to leave at once, its peers would fail too, with errors that only distract from the first one.
 LAST_WORDS_S = 60.0
+MARGIN_S = 300.0  # by which groups wait longer than the watchdog
+HALF_AN_HOUR_S = 1800.0  # torch's own time for gloo
 _MOST_WORDS = 16_000  # characters: they fit into a pipe that nobody reads yet
 
 
@@ -69,7 +71,7 @@ def _run_share(folder: RunFolder, place: Place, mouth: int) -> None:
         config = folder.config()
         if job.script is None:
             progress.do("starting")
-            _watch_collectives(config, job.world_size)
+            _watch_collectives(config, job)
         execute(job, config, folder.config_file, place)
     except KeyboardInterrupt:
         _leave(130)
@@ -83,12 +85,13 @@ def _run_share(folder: RunFolder, place: Place, mouth: int) -> None:
         _say(mouth, End(0))
 
 
-def _watch_collectives(config: NeoXConfig, world_size: int) -> None:
+def _watch_collectives(config: NeoXConfig, job: Job) -> None:
     from neox.parallel import watched
     from neox.parallel.topology import Topology
 
-    replicas = world_size // (config.tp * config.pp)
-    watched.install(Topology(config.pp, replicas, config.tp))
+    replicas = job.world_size // (config.tp * config.pp)
+    patience = config.watchdog_timeout + MARGIN_S if job.entry_point == "train" else 0.0
+    watched.install(Topology(config.pp, replicas, config.tp), max(patience, HALF_AN_HOUR_S))
 
 
 def _say(mouth: int, end: End) -> None:

@@ -31,9 +31,8 @@ class RunnerConfig:
     restarts: int = key(
         0, "Times that training goes on from its newest checkpoint after a failure.", low=0
     )
-    # Below the half hour after which torch's groups give up by themselves, with tracebacks.
     watchdog_timeout: float = key(
-        1500.0,
+        1800.0,
         "Seconds that a process of several that train may do nothing, until the run ends; 0: ever.",
         low=0,
     )

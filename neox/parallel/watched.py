@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
@@ -59,17 +60,55 @@ class _Watch:
         return [f"{function}{with_whom}".encode(), counter]
 
 
-def install(topology: Topology) -> None:
-    """Wrap the functions of torch.distributed; call once, and before they are bound elsewhere."""
+def install(topology: Topology, patience_s: float) -> None:
+    """Wrap the functions of torch.distributed; call once, and before they are bound elsewhere.
+
+    Groups wait for `patience_s` seconds at least, also those that libraries make with half an hour
+    or, for NCCL, ten minutes: whoever watches the pages is to judge a hang, not the innocent.
+    """
+    for name in ("init_process_group", "new_group"):
+        _put(name, _patient(getattr(dist, name), timedelta(seconds=patience_s)))
     watch = _Watch(topology)
     for name in _COLLECTIVES:
         function = getattr(dist, name, None)
         if function is None:
             continue
-        wrapped = _wrapped(function, name, watch)
-        for module in (dist, dist.distributed_c10d):
-            if getattr(module, name, None) is function:
-                setattr(module, name, wrapped)
+        _put(name, _wrapped(function, name, watch))
+    dist.Work.wait = _waiting(dist.Work.wait)  # type: ignore[method-assign]
+
+
+def _waiting(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Of what goes on beside the computation, as in a pipeline: it is here that it may hang."""
+    page = progress.page()
+
+    @functools.wraps(function)
+    def wait(self: Any, *args: Any, **kwargs: Any) -> Any:
+        page.wait(True)
+        result = function(self, *args, **kwargs)
+        page.wait(False)
+        return result
+
+    return wait
+
+
+def _put(name: str, wrapped: Callable[..., Any]) -> None:
+    function = getattr(dist, name)
+    for module in (dist, dist.distributed_c10d):
+        if getattr(module, name, None) is function:
+            setattr(module, name, wrapped)
+
+
+def _patient(function: Callable[..., Any], least: timedelta) -> Callable[..., Any]:
+    signature = inspect.signature(function)
+
+    @functools.wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(*args, **kwargs)
+        timeout = given.arguments.get("timeout")
+        given.arguments["timeout"] = least if timeout is None else max(least, timeout)
+        return function(*given.args, **given.kwargs)
+
+    return wrapper
 
 
 def _wrapped(function: Callable[..., Any], name: str, watch: _Watch) -> Callable[..., Any]:

@@ -26,13 +26,14 @@ class Training:
         self.folder = cluster.folder / name
         write_folder(self.folder, log_dir="logs", **values)
         (self.folder / "hosts").write_text("alpha slots=2\nbeta slots=2\n")
-        self.process = cluster["alpha"].start(
-            [PYTHON, DEEPY, "train.py", "model.yml", "-H", "hosts", *arguments],
-            cwd=self.folder,
-            env={"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-            stdout=(self.folder / "stdout").open("w").fileno(),
-            stderr=(self.folder / "stderr").open("w").fileno(),
-        )
+        with (self.folder / "stdout").open("w") as out, (self.folder / "stderr").open("w") as err:
+            self.process = cluster["alpha"].start(
+                [PYTHON, DEEPY, "train.py", "model.yml", "-H", "hosts", *arguments],
+                cwd=self.folder,
+                env={"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+                stdout=out.fileno(),
+                stderr=err.fileno(),
+            )
 
     def wait_for(self, pattern: str) -> None:
         deadline = time.monotonic() + PATIENCE_S
@@ -98,7 +99,7 @@ def test_a_cut_network_ends_the_run_on_both_sides(
     cluster.cut("beta")
     assert run.end() == 1, run.stderr
     assert re.match(r"error: beta stopped answering \d+ s ago, with ranks 2, 3\n", run.stderr)
-    assert re.search(r"  rank 2 on beta \(pid \d+\) was in iteration \d+", run.stderr)
+    assert re.search(r"  rank 2 on beta \(pid \d+\) was ", run.stderr)
     assert "Traceback" not in run.stderr
     run.assert_nothing_left()  # beta's end by themselves
 
@@ -134,6 +135,8 @@ def test_a_full_disk_is_named_with_its_host(
     save = cluster.folder / "beta_disk"
     save.mkdir()
     cluster["beta"].mount_disk(save, 1 << 16)
+    aside = save / ".unfinished" / "global_step3"  # rank 0 makes it, where beta does not see it
+    cluster["beta"].run(["mkdir", "-p", aside], check=True)
     run = train("full", train_iters=LONG, save=str(save), checkpoint_factor=3)
     assert run.end(PATIENCE_S) == 2, run.stderr
     assert re.match(r"error: save: the checkpoint of iteration 3 could not be written", run.stderr)
