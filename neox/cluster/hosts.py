@@ -12,6 +12,7 @@ from neox.cluster.nodelist import counts, expand
 from neox.config import NeoXConfig
 from neox.errors import ConfigError
 
+LOOPBACK = {"localhost", "127.0.0.1"}
 Slots = dict[str, list[int]]  # host name -> slot numbers, in the order ranks are given out
 
 # What exists where a driver of NVIDIA's, of NVIDIA's under Windows, or of AMD's is loaded.
@@ -71,7 +72,7 @@ def find_hostfile(config: NeoXConfig) -> Path | None:
 def own_names() -> set[str]:
     """The names under which a hostfile may mean this machine."""
     name = socket.gethostname()
-    return {"localhost", "127.0.0.1", name, name.partition(".")[0]}
+    return {*LOOPBACK, name, name.partition(".")[0]}
 
 
 def slurm_hosts(environ: Mapping[str, str]) -> Slots | None:

@@ -16,6 +16,7 @@ from neox import log
 from neox.cluster.environment import write_start
 from neox.cluster.execute import execute, prepare_environment
 from neox.cluster.hosts import (
+    LOOPBACK,
     Slots,
     cores,
     cuda_devices,
@@ -95,6 +96,11 @@ def _look_around(config: NeoXConfig) -> Plan:
             "in a job of Slurm's (salloc, sbatch)"
         )
     if hosts is not None:
+        if len(hosts) > 1 and (loopback := LOOPBACK & set(hosts)):
+            raise ConfigError(
+                f"{hostfile}: other hosts do not know this one as {loopback.pop()}; write its "
+                f"name, {socket.gethostname()}, or its address"
+            )
         if config.force_multi or len(hosts) > 1 or not own_names().issuperset(hosts):
             return Plan(hosts, None, config.launcher)
         (slots,) = hosts.values()

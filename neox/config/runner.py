@@ -12,7 +12,9 @@ from neox.config.fields import key, refused
 class RunnerConfig:
     """Machines, processes, and the launcher that starts them."""
 
-    hostfile: str | None = key(None, "Hosts and their slots, one `host slots=N` a line.")
+    hostfile: str | None = key(
+        None, "Hosts and their slots, one `host slots=N` a line (see clusters.md)."
+    )
     include: str | None = key(None, "Hosts and slots to use: worker-0@worker-1:0,2.")
     exclude: str | None = key(None, "Hosts and slots not to use.")
     num_nodes: int = key(-1, "Machines to use, from the top of the hostfile; -1 uses all.", low=-1)
@@ -26,8 +28,12 @@ class RunnerConfig:
     )
     force_multi: bool = key(False, "Use the several-machine launcher for one machine too.")
     no_ssh_check: bool = key(False, "Don't try ssh to the hosts before launching.")
-    deepspeed_mpi: bool = key(False, "Started by mpirun: read the ranks from MPI's environment.")
-    deepspeed_slurm: bool = key(False, "Started by srun: read the ranks from Slurm's environment.")
+    deepspeed_mpi: bool = key(
+        False, "Accepted: processes that mpirun starts find their ranks anyway."
+    )
+    deepspeed_slurm: bool = key(
+        False, "Accepted: processes that srun starts find their ranks anyway."
+    )
     restarts: int = key(
         0, "Times that training goes on from its newest checkpoint after a failure.", low=0
     )

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import base64
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from neox.cluster import launch
-from neox.cluster.hosts import cuda_devices, read_hostfile, select
-from neox.cluster.launch import Plan, deepspeed_command, find_devices, make_plan
+from neox.cluster.hosts import cuda_devices, read_hostfile, select, slurm_hosts
+from neox.cluster.launch import Plan, find_devices, make_plan
 from neox.cluster.main import main
-from neox.cluster.run_folder import Job
 from neox.config import Devices, NeoXConfig, from_dict
 from neox.errors import ConfigError
 
@@ -33,7 +30,8 @@ def config(world_size: int = 1, **values: Any) -> NeoXConfig:
 @pytest.fixture
 def no_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "cuda_devices", list)
-    monkeypatch.delenv("DLTS_HOSTFILE", raising=False)
+    for name in ("DLTS_HOSTFILE", "SLURM_JOB_NODELIST"):
+        monkeypatch.delenv(name, raising=False)
 
 
 @pytest.fixture
@@ -144,17 +142,20 @@ def test_a_hostfile_that_names_this_machine_alone_stays_here(tmp_path: Path) -> 
     hostfile.write_text("localhost slots=4\n")
     assert make_plan(config(4, hostfile=str(hostfile))) == Plan({"localhost": [0, 1, 2, 3]}, "cpu")
     hostfile.write_text("far slots=4\n")
-    assert make_plan(config(4, hostfile=str(hostfile))).hostfile == hostfile
+    assert make_plan(config(4, hostfile=str(hostfile))).launcher == "pdsh"
 
 
 @pytest.mark.usefixtures("no_cuda")
 def test_the_hostfile_may_come_from_the_environment(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    (tmp_path / "hosts").write_text("localhost slots=2\nb slots=2\n")
+    with pytest.raises(ConfigError, match="other hosts do not know this one as localhost"):
+        make_plan(config(4, hostfile=str(tmp_path / "hosts")))
     (tmp_path / "hosts").write_text("a slots=2\nb slots=2\n")
     monkeypatch.setenv("DLTS_HOSTFILE", str(tmp_path / "hosts"))
     plan = make_plan(config(4))
-    assert plan == Plan({"a": [0, 1], "b": [0, 1]}, None, tmp_path / "hosts")
+    assert plan == Plan({"a": [0, 1], "b": [0, 1]}, None, "pdsh")
     assert plan.world_size == 4
     monkeypatch.setenv("DLTS_HOSTFILE", str(tmp_path / "missing"))
     with pytest.raises(ConfigError, match=r"missing .*is not a file; unset DLTS_HOSTFILE"):
@@ -203,6 +204,7 @@ def test_filters_are_deepspeeds(keys: dict[str, Any], expected: dict[str, list[i
         ({"include": "a:x"}, "slots are numbers"),
         ({"exclude": "a@b"}, "leaves nothing"),
         ({"num_gpus": 4}, "num_gpus is 4, but a has 3"),
+        ({"num_nodes": 3}, "num_nodes is 3, but there are 2 hosts: a, b"),
     ],
 )
 def test_a_wrong_filter_is_explained(keys: dict[str, Any], message: str) -> None:
@@ -215,31 +217,39 @@ def test_no_visible_device_means_the_cpu(monkeypatch: pytest.MonkeyPatch) -> Non
     assert cuda_devices() == []
 
 
-JOB = Job("train", None, "cpu", 4, "10.0.0.1", 29512, "here")
+JOB = {"SLURM_JOB_NODELIST": "n[1-2]", "SLURM_TASKS_PER_NODE": "2(x2)"}
 
 
-def test_one_machine_is_started_by_deepspeeds_launcher() -> None:
-    command = deepspeed_command(Plan({"localhost": [0, 2]}, "cuda"), JOB, config())
-    (hosts,) = [word.partition("=")[2] for word in command if word.startswith("--world_info")]
-    assert command[1:3] == ["-m", "deepspeed.launcher.launch"]
-    assert json.loads(base64.urlsafe_b64decode(hosts)) == {"localhost": [0, 2]}
-    assert command[command.index("--master_port") + 1] == "29512"
+@pytest.mark.usefixtures("no_cuda")
+def test_the_hosts_of_a_slurm_job_are_its_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in JOB.items():
+        monkeypatch.setenv(name, value)
+    slots = {"n1": [0, 1], "n2": [0, 1]}
+    assert make_plan(config(4, launcher="slurm")) == Plan(slots, None, "slurm")
+    assert make_plan(config(2, launcher="slurm", num_gpus=1)).hosts == {"n1": [0], "n2": [0]}
+    assert make_plan(config(2, launcher="slurm", include="n2")).hosts == {"n2": [0, 1]}
+    assert make_plan(config()).launcher is None  # the job is nothing to another launcher
+    with pytest.raises(ConfigError, match="num_gpus is 8, but n1 has 2; ask Slurm for them"):
+        make_plan(config(16, launcher="slurm", num_gpus=8))
 
 
-def test_several_hosts_are_started_by_deepspeeds_runner_with_the_users_words() -> None:
-    values = {"launcher": "slurm", "account": "me", "num_nodes": 2, "num_gpus": 4}
-    plan = Plan({"a": [0], "b": [0]}, None, Path("hosts"))
-    command = deepspeed_command(plan, JOB, config(8, **values))
-    line = " ".join(command[1:])
-    assert line.startswith("-m deepspeed.launcher.runner ")
-    for words in (
-        "--hostfile hosts",
-        "--launcher slurm",
-        "--num_nodes 2",
-        "--num_gpus 4",
-        "--master_addr 10.0.0.1",
-        "--launcher_args --account=me",
-    ):
-        assert f" {words}" in line
-    filtered = deepspeed_command(plan, JOB, config(2, include="a:0@b:0", num_gpus=1))
-    assert "a:0@b:0" in filtered and "--num_gpus" not in filtered
+@pytest.mark.parametrize(
+    ("gpus", "slots"),
+    [
+        ({"SLURM_GPUS_PER_NODE": "4"}, 4),
+        ({"SLURM_GPUS_PER_NODE": "a100:3"}, 3),
+        ({"SLURM_GPUS_ON_NODE": "5"}, 5),
+        ({"SLURM_GPUS_ON_NODE": "0"}, 2),
+    ],
+)
+def test_a_slurm_node_has_as_many_slots_as_gpus_else_tasks(gpus: dict, slots: int) -> None:
+    assert slurm_hosts(JOB | gpus) == {"n1": list(range(slots)), "n2": list(range(slots))}
+
+
+@pytest.mark.usefixtures("no_cuda")
+def test_force_multi_uses_the_launcher_for_this_machine(tmp_path: Path) -> None:
+    (tmp_path / "hosts").write_text("localhost slots=2\n")
+    given = {"hostfile": str(tmp_path / "hosts"), "force_multi": True, "launcher": "openmpi"}
+    assert make_plan(config(2, **given)) == Plan({"localhost": [0, 1]}, None, "openmpi")
+    with pytest.raises(ConfigError, match="force_multi is set, but no hostfile"):
+        make_plan(config(force_multi=True))

@@ -7,43 +7,26 @@ from pathlib import Path
 
 import pytest
 
-from neox.cluster.execute import Place, prepare_environment
+from neox.cluster import execute
+from neox.cluster.execute import prepare_environment
+from neox.cluster.place import Place
 from neox.cluster.run_folder import End, Job
-from neox.cluster.worker import _describe, _find_place, _speak_into
+from neox.cluster.worker import _describe, _speak_into
 from neox.errors import ConfigError, DataError
 
-VARIABLES = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
+JOB = Job("train", None, None, 3, "a", 29500, "a", hosts={"a": [0], "b": [2, 3]})
 
 
-@pytest.mark.parametrize(
-    ("environment", "place"),
-    [
-        ({"RANK": "3", "LOCAL_RANK": "1", "LOCAL_SIZE": "2"}, Place(3, 1, 2)),
-        (
-            {"SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_NTASKS_PER_NODE": "4"},
-            Place(5, 1, 4),
-        ),
-        (
-            {
-                "OMPI_COMM_WORLD_RANK": "2",
-                "OMPI_COMM_WORLD_LOCAL_RANK": "0",
-                "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
-            },
-            Place(2, 0, 2),
-        ),
-        ({"PMI_RANK": "1", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"}, Place(1, 1, 2)),
-        # Inside a Slurm job, DeepSpeed's own launcher has the last word.
-        ({"SLURM_PROCID": "0", "RANK": "3", "LOCAL_RANK": "3"}, Place(3, 3, 1)),
-    ],
-)
-def test_every_launchers_variables_are_understood(
-    environment: dict[str, str], place: Place, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in VARIABLES:
-        monkeypatch.delenv(name, raising=False)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    assert _find_place() == place
+def test_places_follow_from_the_plan() -> None:
+    assert [JOB.place(rank) for rank in range(3)] == [Place(0), Place(1, 0, 2), Place(2, 1, 2)]
+    assert [JOB.slots(rank) for rank in range(3)] == [[0], [2, 3], [2, 3]]
+
+
+def test_devices_are_those_of_the_slots(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "environ", {"CUDA_VISIBLE_DEVICES": "0"})
+    monkeypatch.setattr(execute, "cuda_driver", lambda: True)
+    prepare_environment(JOB, JOB.place(1))
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "2,3"
 
 
 @pytest.mark.parametrize(

@@ -46,8 +46,9 @@ class Namespaces:
 
     def enter(self, command: Sequence[str | Path], cwd: Path | str = "/") -> list[str]:
         """The words that run `command` inside."""
-        enter = ["nsenter", f"--target={self.pid}", "--all", f"--wd={cwd}"]
-        return [*enter, *map(str, command)]
+        # nsenter's own --wd would be a folder of the mounts outside, and renaming fail across them.
+        start = ["sh", "-c", 'cd "$0" && exec "$@"', str(cwd)]
+        return ["nsenter", f"--target={self.pid}", "--all", *start, *map(str, command)]
 
     def close(self) -> None:
         assert self.outer.stdin is not None
