@@ -39,7 +39,7 @@ class RunnerConfig:
     )
     watchdog_timeout: float = key(
         1800.0,
-        "Seconds that a process of several that train may do nothing, until the run ends; 0: ever.",
+        "Seconds without progress after which training in several processes ends; 0: never.",
         low=0,
     )
     comment: str | None = key(None, "Slurm's --comment.")
