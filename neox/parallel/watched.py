@@ -1,7 +1,7 @@
 """Every collective, noted in this process's page (neox.progress) when it begins and ends.
 
 torch.distributed's functions are wrapped once, before megatron-core and DeepSpeed are imported,
-which call the same ones. It costs some two microseconds a call.
+which call the same ones. It costs about a microsecond a call.
 """
 
 from __future__ import annotations
