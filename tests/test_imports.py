@@ -13,7 +13,7 @@ REPOSITORY = Path(__file__).parents[1]
 
 # Each step may import the steps above it in this list, and nothing of its own step.
 ORDER = [
-    ["errors", "log", "atomic"],
+    ["errors", "log", "atomic", "progress"],
     ["config", "kernels"],
     ["parallel"],
     ["model"],

@@ -16,6 +16,7 @@ import contextlib
 import os
 import re
 import shutil
+import socket
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -170,13 +171,16 @@ def on_every_rank(groups: ProcessGroups, act: Callable[[], T]) -> list[T]:
         reason = _reason(error)
     except CheckpointError as error:
         reason = str(error).rstrip(".")
-    outcomes = groups.gather((result, reason))
-    reasons = {rank: why for rank, (_, why) in enumerate(outcomes) if why is not None}
+    outcomes = groups.gather((result, reason, socket.gethostname()))
+    reasons = {rank: why for rank, (_, why, _) in enumerate(outcomes) if why is not None}
     if reasons:
         first = next(iter(reasons.values()))
-        where = f" (on rank {', '.join(map(str, reasons))})" if groups.world_size > 1 else ""
+        where = f" (on rank {', '.join(map(str, reasons))}" if groups.world_size > 1 else ""
+        if len({host for _, _, host in outcomes}) > 1:
+            where += f" on {', '.join(dict.fromkeys(outcomes[rank][2] for rank in reasons))}"
+        where += ")" if where else ""
         raise FailedError(f"{first}{where}")
-    return [cast(T, result) for result, _ in outcomes]
+    return [cast(T, result) for result, *_ in outcomes]
 
 
 def steps(directory: Path) -> list[Path]:

@@ -133,6 +133,14 @@ def _build_parser() -> _Parser:
     add("--iteration", metavar="N", type=int, help="checkpoint to load (default: the latest)")
     add("-H", "--hostfile", metavar="FILE", help="hosts and their slots, one 'host slots=N' a line")
 
+    train = parser.add_argument_group("train.py")
+    train.add_argument(
+        "--restarts",
+        metavar="N",
+        type=int,
+        help="after a failure go on from the newest checkpoint, up to N times (needs save)",
+    )
+
     generate = parser.add_argument_group("generate.py")
     add = generate.add_argument
     add("-i", "--sample_input_file", metavar="FILE", help="prompts to continue")
@@ -189,6 +197,7 @@ def _build_parser() -> _Parser:
 _FLAGS = {
     "iteration": "--iteration",
     "hostfile": "-H",
+    "restarts": "--restarts",
     "sample_input_file": "-i",
     "sample_output_file": "-o",
     "num_fewshot": "--num_fewshot",

@@ -8,6 +8,7 @@ import random
 import signal
 import socket
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from neox.cluster.hosts import (
 )
 from neox.cluster.place import FIRST_PORT, INHERITED, LAST_PORT, Place, Started
 from neox.cluster.preflight import check_hosts
+from neox.cluster.restarts import run
 from neox.cluster.run_folder import Job, RunFolder
 from neox.cluster.runners import (
     SSH_LAUNCHERS,
@@ -35,6 +37,7 @@ from neox.cluster.runners import (
     local_command,
 )
 from neox.cluster.supervise import GRACE_S, supervise
+from neox.cluster.verdict import Outcome
 from neox.config import Devices, NeoXConfig
 from neox.errors import ConfigError
 
@@ -130,7 +133,44 @@ def launch(entry_point: str | None, script: Path | None, config: NeoXConfig, pla
     several_hosts = plan.launcher is not None
     if plan.world_size > 1 and plan.device == "cpu" and config.distributed_backend == "nccl":
         log.info(f"no CUDA device: {plan.world_size} processes on the CPU, gloo instead of nccl")
-    job = Job(
+    # What else there is has nothing to go on from.
+    restarts = config.restarts if entry_point in ("train", None) else 0
+    if plan.world_size == 1 and not several_hosts and not restarts:
+        if plan.device == "cuda":  # as DeepSpeed's launcher does for each of several
+            os.environ["CUDA_VISIBLE_DEVICES"] = str(plan.hosts["localhost"][0])
+        return _run_in_place(_job(entry_point, script, config, plan), config, Place())
+
+    def attempt(config: NeoXConfig, extra: Mapping[str, str]) -> Outcome:
+        job = _job(entry_point, script, config, plan)
+        environment = {**_launcher_environment(job), **extra}
+        # The other hosts see the current folder, not this machine's /tmp.
+        folder = RunFolder.create(job, config, parent=Path.cwd() if several_hosts else None)
+        try:
+            if several_hosts:
+                command = command_over_hosts(plan.hosts, job, config, folder.path)
+                write_start(folder.path, environment)
+                if config.launcher in SSH_LAUNCHERS and not config.no_ssh_check:
+                    check_hosts(plan.hosts, folder.path)
+            else:
+                command = [*local_command(plan.hosts, job), str(WORKER), str(folder.path)]
+            return supervise(
+                command,
+                environment,
+                folder,
+                plan.world_size,
+                hosts=plan.hosts if several_hosts else (),
+                grace_s=_grace(entry_point, config),
+                watchdog_s=config.watchdog_timeout if entry_point == "train" else 0.0,
+            )
+        finally:
+            folder.remove()
+
+    return run(config, attempt, restarts)
+
+
+def _job(entry_point: str | None, script: Path | None, config: NeoXConfig, plan: Plan) -> Job:
+    several_hosts = plan.launcher is not None
+    return Job(
         entry_point=entry_point,
         script=None if script is None else str(script),
         device=plan.device,
@@ -142,31 +182,6 @@ def launch(entry_point: str | None, script: Path | None, config: NeoXConfig, pla
         log_dir=config.log_dir,
         hosts=plan.hosts,
     )
-    if plan.world_size == 1 and not several_hosts:
-        if plan.device == "cuda":  # as DeepSpeed's launcher does for each of several
-            os.environ["CUDA_VISIBLE_DEVICES"] = str(plan.hosts["localhost"][0])
-        return _run_in_place(job, config, Place())
-    # The other hosts see the current folder, not this machine's /tmp.
-    folder = RunFolder.create(job, config, parent=Path.cwd() if several_hosts else None)
-    try:
-        environment = _launcher_environment(job)
-        if several_hosts:
-            command = command_over_hosts(plan.hosts, job, config, folder.path)
-            write_start(folder.path, environment)
-            if config.launcher in SSH_LAUNCHERS and not config.no_ssh_check:
-                check_hosts(plan.hosts, folder.path)
-        else:
-            command = [*local_command(plan.hosts, job), str(WORKER), str(folder.path)]
-        return supervise(
-            command,
-            environment,
-            folder,
-            plan.world_size,
-            several_hosts=several_hosts,
-            grace_s=_grace(entry_point, config),
-        )
-    finally:
-        folder.remove()
 
 
 def _grace(entry_point: str | None, config: NeoXConfig) -> float:

@@ -2,11 +2,9 @@
 
     config.json        the configuration, encoded; ranks never read YAML
     job.json           what to run
-    leash              a named pipe that the launcher holds open as long as it lives
+    control.json       where deepy.py listens to the ranks' keepers, and a key (mode 600)
     start              over several hosts: what every process begins with, its variables too
     launcher.log       and what the launcher says, told if nothing else explains a failure
-    rank_N.started     {pid, host}, once rank N is up
-    rank_N.ended       {status, error, message, time}, when rank N is done or has failed
     claimed            there while rank 0 is at a terminal and acts on Ctrl-C itself
     rank_N.log         what rank N > 0 printed; kept as log_dir/HOST_rank_N.log when that is set
 
@@ -19,11 +17,8 @@ import dataclasses
 import json
 import os
 import shutil
-import signal
 import socket
 import tempfile
-import threading
-import time
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -73,19 +68,12 @@ class Job:
 
 
 @dataclasses.dataclass(frozen=True)
-class Start:
-    pid: int
-    host: str
-
-
-@dataclasses.dataclass(frozen=True)
 class End:
     """How a rank ended, in its own words."""
 
     status: int
     error: bool = False  # a NeoXError: `message` is for the user, else it is a traceback
     message: str = ""
-    time: float = 0.0  # seconds since the epoch
 
 
 class RunFolder:
@@ -93,7 +81,6 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._read: dict[Path, dict] = {}  # a record never changes once it is there
 
     @classmethod
     def create(cls, job: Job, config: NeoXConfig, parent: Path | None = None) -> RunFolder:
@@ -101,7 +88,6 @@ class RunFolder:
         folder = cls(Path(tempfile.mkdtemp(prefix="neox-run-", dir=parent)))
         write_text(folder.path / "job.json", json.dumps(dataclasses.asdict(job)))
         write_text(folder.config_file, config.encode())
-        os.mkfifo(folder.path / "leash")
         return folder
 
     def remove(self) -> None:
@@ -111,12 +97,11 @@ class RunFolder:
     def config_file(self) -> Path:
         return self.path / "config.json"
 
-    def log(self, rank: int) -> Path:
-        """Of the host that the rank is on, once it has said so there."""
+    def log(self, rank: int, host: str) -> Path:
+        """Of a rank on `host`."""
         if self.job.log_dir is None:
             return self.path / f"rank_{rank}.log"
-        start = self.starts().get(rank)
-        return Path(self.job.log_dir) / f"{start.host + '_' if start else ''}rank_{rank}.log"
+        return Path(self.job.log_dir) / f"{host}_rank_{rank}.log"
 
     @cached_property
     def job(self) -> Job:
@@ -135,56 +120,15 @@ class RunFolder:
     def config(self) -> NeoXConfig:
         return NeoXConfig.decode(self.config_file.read_text())
 
-    # the ranks' side
-
-    def write_start(self, rank: int) -> None:
-        start = Start(os.getpid(), socket.gethostname())
-        write_text(self.path / f"rank_{rank}.started", json.dumps(dataclasses.asdict(start)))
-
-    def write_end(self, rank: int, end: End) -> None:
-        end = dataclasses.replace(end, time=time.time())
-        write_text(self.path / f"rank_{rank}.ended", json.dumps(dataclasses.asdict(end)))
-
-    def end_with_launcher(self) -> None:
-        """End this process, at once, when the launcher is gone, however it went.
-
-        The launcher is the pipe's only writer, so the end of file means its end. A thread waits for
-        that: the main thread may be deep in a collective that will never return.
-        """
-        pipe = os.open(self.path / "leash", os.O_RDONLY | os.O_NONBLOCK)
-        os.set_blocking(pipe, True)
-
-        def wait() -> None:
-            os.read(pipe, 1)
-            self.remove()
-            os.kill(os.getpid(), signal.SIGKILL)
-
-        threading.Thread(target=wait, daemon=True).start()
-
-    # the launcher's side
+    @property
+    def is_here(self) -> bool:
+        """Whether this is the host that deepy.py runs on."""
+        return self.job.host == socket.gethostname()
 
     @property
     def interrupts_are_claimed(self) -> bool:
-        """Whether Ctrl-C is for rank 0, which is on this host, and not for the launcher."""
-        return (self.path / _CLAIMED).exists() and self.starts()[0].host == socket.gethostname()
-
-    def hold_leash(self) -> int:
-        """Open the pipe for writing; ranks live as long as this file descriptor."""
-        return os.open(self.path / "leash", os.O_RDWR)  # O_WRONLY would wait for a reader
-
-    def starts(self) -> dict[int, Start]:
-        return {rank: Start(**record) for rank, record in self._records("started").items()}
-
-    def ends(self) -> dict[int, End]:
-        return {rank: End(**record) for rank, record in self._records("ended").items()}
-
-    def _records(self, kind: str) -> dict[int, dict]:
-        records = {}
-        for file in self.path.glob(f"rank_*.{kind}"):
-            if file not in self._read:
-                self._read[file] = json.loads(file.read_text())
-            records[int(file.stem.removeprefix("rank_"))] = self._read[file]
-        return records
+        """Whether Ctrl-C is for rank 0, and not for the launcher."""
+        return (self.path / _CLAIMED).exists()
 
 
 def claim_interrupts(claimed: bool) -> None:

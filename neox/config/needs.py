@@ -96,6 +96,16 @@ def _saving_has_a_cadence(config: NeoXConfig) -> Findings:
         )
 
 
+@CHECKS.reading("restarts", "save", purposes=("train",))
+def _restarts_have_checkpoints(config: NeoXConfig) -> Findings:
+    if config.restarts and config.save is None:
+        yield (
+            "restarts",
+            f"restarts is {config.restarts}, but save is missing: there would be nothing to go on "
+            "from. Name the folder for checkpoints with save, and checkpoint_factor.",
+        )
+
+
 @CHECKS.reading("finetune", "load", purposes=("train",))
 def _finetuning_has_weights(config: NeoXConfig) -> Findings:
     if config.finetune and config.load is None:

@@ -34,6 +34,14 @@ class RunnerConfig:
     deepspeed_slurm: bool = key(
         False, "Accepted: processes that srun starts find their ranks anyway."
     )
+    restarts: int = key(
+        0, "Times that training goes on from its newest checkpoint after a failure.", low=0
+    )
+    watchdog_timeout: float = key(
+        1800.0,
+        "Seconds without progress after which training in several processes ends; 0: never.",
+        low=0,
+    )
     comment: str | None = key(None, "Slurm's --comment.")
     account: str | None = key(None, "Slurm's --account.")
     autotuning_run: str | None = refused(

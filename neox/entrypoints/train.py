@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from neox import log
+from neox import log, progress
 from neox.checkpoint.directory import check_writable, recover
 from neox.checkpoint.lock import saving_alone
 from neox.checkpoint.neox import Checkpoint
@@ -86,7 +86,12 @@ def _run(config: NeoXConfig, groups: ProcessGroups) -> None:
     if start.resumed is not None and (config.lora is None or start.own is not None):
         evaluations.check_fingerprint(start.resumed.folder)
     with RunLog(config, groups, iteration=start.iteration, padded_vocab_size=rows) as run:
-        iteration = train(config, groups, engine, loaders, evaluations, run, start.iteration, rows)
+        with progress.stopping_after_a_step(possible=config.save is not None):
+            iteration = train(
+                config, groups, engine, loaders, evaluations, run, start.iteration, rows
+            )
+        if progress.stops_after(iteration):
+            return  # somebody waits for the end
         for chart, data, metrics in evaluations.at_the_end(iteration):
             if metrics:
                 run.evaluation(chart, iteration, metrics, f"the end of training for {data} data")

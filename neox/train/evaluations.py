@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from neox import progress
 from neox.checkpoint.manifest import FORWARD_PASS
 from neox.config import NeoXConfig
 from neox.data.loaders import Batch, Loaders
@@ -102,7 +103,10 @@ class Evaluations:
         """Mean loss and perplexity over `eval_iters` global batches."""
         config = self.config
         counted = _Counted(batches, self.tokenizer) if self._counts_characters else batches
-        losses = [self.engine.eval_batch(counted) for _ in range(config.eval_iters)]
+        losses = []
+        for _ in range(config.eval_iters):
+            losses.append(self.engine.eval_batch(counted))
+            progress.tick()
         loss = sum(losses) / len(losses)
         metrics = {"lm_loss": loss, "lm_loss_ppl": _perplexity(loss)}
         if config.char_level_ppl:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+from neox import log, progress
 from neox.checkpoint.directory import keep_last, write_checkpoint, write_file
 from neox.checkpoint.manifest import HAS_MANIFEST, Entry
 from neox.config import NeoXConfig
@@ -46,6 +47,7 @@ def train(
         save(config, groups, engine, evaluations, run, 0, padded_vocab_size)
     while iteration < config.train_iters:
         iteration += 1
+        progress.begin_step(iteration)
         observation.start()
         started = time.perf_counter()
         with profiler.iteration(iteration):
@@ -67,8 +69,12 @@ def train(
         guard.check(iteration, step)
         if iteration % config.eval_interval == 0 and (found := evaluations.validate(iteration)):
             run.evaluation("validation", iteration, found)
-        if is_save_iteration(config, iteration):
+        stops = progress.stops_after(iteration)
+        if is_save_iteration(config, iteration) or stops:
             save(config, groups, engine, evaluations, run, iteration, padded_vocab_size)
+        if stops:
+            log.info(f"stopped after iteration {iteration}, as {progress.asked_by()} asked")
+            break
         if config.exit_interval and iteration % config.exit_interval == 0:
             break
     profiler.close(iteration)

@@ -20,22 +20,49 @@ from tests.terminal import Person
 REPOSITORY = Path(__file__).parents[2]
 
 # A launcher that looks after its one process once a second, as DeepSpeed's does. The process is a
-# rank and runs a test's body; `end(rank, status, ...)` are any rank's last words.
+# keeper, and its child a rank that runs a test's body; `end(rank, status, ...)` are the last words
+# of any rank, whose keeper this process becomes for others than its own.
 LAUNCHER = """
-import os, signal, subprocess, sys, time
+import dataclasses, json, mmap, os, signal, subprocess, sys, threading, time
 from pathlib import Path
+from neox import progress
+from neox.cluster.control import Address, connect
+from neox.cluster.keeper import Keeper
 from neox.cluster.run_folder import End, RunFolder
 
 folder = RunFolder(Path(sys.argv[1]))
-def end(rank, status, **words):
-    folder.write_end(rank, End(status, **words))
+rank = int(sys.argv[2])
+lines = []
+
+def answer(line):
+    while line.is_open:
+        for message in line.receive():
+            if "beat" in message:
+                line.send(state={"process": "S", "idle": 0.0})
+        time.sleep(0.01)
+
+def end(number, status, **words):
+    if number == rank:
+        os.write(mouth, json.dumps(dataclasses.asdict(End(status, **words))).encode() + b"\\n")
+        return
+    line = connect(Address.read(folder.path), number, os.getpid())
+    line.send(end=dataclasses.asdict(End(status, **words)))
+    lines.append(line)
+    threading.Thread(target=answer, args=(line,), daemon=True).start()
+
 supervisor = os.getppid()
 if os.fork():
     while os.waitpid(-1, os.WNOHANG) == (0, 0):
         time.sleep(1)
     sys.exit()
-rank = int(sys.argv[2])
-folder.write_start(rank)
+page = progress.Page(mmap.mmap(-1, progress.SIZE))
+words, mouth = os.pipe()
+pid = os.fork()
+if pid:
+    os.close(mouth)
+    os._exit(Keeper(folder, rank, pid, page, words, os.memfd_create("stacks")).run())
+os.close(words)
+progress.use(page)
 """
 
 
@@ -54,7 +81,7 @@ def supervise_script(parent: Path, body: str, world_size: int = 1, rank: int = 0
     folder = RunFolder.create(job, config, parent=parent)
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     command = [sys.executable, "-c", LAUNCHER + body, str(folder.path), str(rank)]
-    return supervise(command, environment, folder, world_size)
+    return supervise(command, environment, folder, world_size).status
 
 
 @pytest.fixture
@@ -231,7 +258,7 @@ def test_the_end_of_a_killed_rank_is_shown_with_its_last_output(
     run: Callable[..., tuple[int, str]],
 ) -> None:
     body = """
-folder.log(1).write_text("".join(f"line {i}\\n" for i in range(100)))
+folder.log(1, "here").write_text("".join(f"line {i}\\n" for i in range(100)))
 os.kill(os.getpid(), signal.SIGKILL)
 """
     status, reason = run(body, 2, rank=1)

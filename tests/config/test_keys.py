@@ -379,6 +379,8 @@ FROZEN = {
         launcher                                  acts     "pdsh"
         force_multi                               acts     false
         no_ssh_check                              acts     false
+        restarts                                  acts     0
+        watchdog_timeout                          acts     1800.0
         deepspeed_mpi                             acts     false
         deepspeed_slurm                           acts     false
         comment                                   acts     null
@@ -417,6 +419,7 @@ OURS = {  # the others are upstream's
     *("serve_max_prompt_tokens", "serve_max_tokens", "serve_max_body", "serve_grace"),
     *("serve_request_timeout", "serve_io_timeout", "serve_api_keys_file", "serve_cors_origins"),
     *("legacy_double_json", "adapters"),
+    *("restarts", "watchdog_timeout"),
 }
 
 

@@ -1,0 +1,62 @@
+"""A run's processes on this host, as /proc shows them; nothing is found where there is no /proc."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+from collections.abc import Container
+from pathlib import Path
+
+from neox.cluster.run_folder import RUN_FOLDER
+
+_PR_SET_PDEATHSIG, _PR_SET_NAME = 1, 15
+
+
+def of_run(folder: Path) -> list[int]:
+    """The processes that have the run's folder in their environment or on their command line.
+
+    A host may be a container that shares its process numbers with another: those with another host
+    name's namespace are not looked at.
+    """
+    mark, word = f"{RUN_FOLDER}={folder}\0".encode(), f"\0{folder}\0".encode()
+    found = []
+    own = "/proc/self/ns/uts"
+    for place in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            marked = mark in (place / "environ").read_bytes()
+            marked = marked or word in (place / "cmdline").read_bytes()
+            if marked and os.readlink(place / "ns/uts") == os.readlink(own):
+                found.append(int(place.name))
+    return found
+
+
+def kill_run(folder: Path, but: Container[int] = ()) -> None:
+    """Kill at once every process of the run on this host, except `but`."""
+    for pid in of_run(folder):
+        if pid not in but:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGKILL)
+
+
+def state(pid: int) -> str:
+    """R running, S sleeping, D waiting for a device, T stopped, Z ended ...; "" if not known."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (OSError, IndexError):
+        return ""
+
+
+def name_process(name: str) -> None:
+    """What ps and top call this process, on Linux (15 characters)."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_NAME, name.encode()[:15], 0, 0, 0)
+
+
+def die_with_parent(parent: int) -> None:
+    """Have the kernel kill this process when its parent is gone, also if it is stopped (Linux)."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:
+        os.kill(os.getpid(), signal.SIGKILL)
