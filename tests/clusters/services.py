@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import time
 from collections.abc import Iterable
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from tests.clusters.cluster import Host
 
 PATIENCE_S = 60.0
+_ROOT = Path(__file__).parents[2]
 
 _SSHD = """\
 HostKey {shared}/host_key
@@ -101,8 +103,12 @@ def _furnish(host: Host, shared: Path) -> None:
         shared / "slurm": "/etc/slurm",
         host.folder / "passwd": "/etc/passwd",
     }
+    # A checkout under /tmp is still to be seen, at the same place.
+    checkout, aside = shlex.quote(str(_ROOT)), shlex.quote(str(host.folder / "checkout"))
     script = [
+        f"mkdir {aside} && mount --bind {checkout} {aside}",
         *(f"mount -t tmpfs -o mode=1777 own {path}" for path in ("/tmp", "/dev/shm")),
+        f"mkdir -p {checkout} && mount --move {aside} {checkout}",
         "mount -t tmpfs -o mode=755 own /run",
         *(f"mount --bind {source} {target}" for source, target in binds.items()),
         "mkdir -m 755 -p /run/sshd /run/munge /run/slurmd /run/slurmctld",
