@@ -218,4 +218,5 @@ def _line(row: Sequence[str], widths: Iterable[int]) -> str:
 
 
 def _number(value: float) -> str:
-    return f"{value:,.4g}"
+    """Four digits, and counts of some thousands or millions whole."""
+    return f"{value:,.0f}" if 1e4 <= value < 1e10 else f"{value:.4g}"
