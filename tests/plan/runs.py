@@ -9,6 +9,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from neox.checkpoint.neox import Checkpoint
 from neox.config import NeoXConfig
@@ -147,6 +148,24 @@ def kept_by_ranks(rank: int, cases: list[Case]) -> list[int]:
     Of the real model without a pipeline. Each memory counts once, parameters do not.
     """
     return [_kept(*case) for case in cases]
+
+
+def products_by_ranks(rank: int, cases: list[Case]) -> list[int]:
+    """FLOPs of the matrix products of a micro-batch, both passes, as torch counts them."""
+    return [_products(*case) for case in cases]
+
+
+def _products(topology: Topology, values: Values) -> int:
+    groups = initialize(topology, "gloo", torch.device("cpu"))
+    config = configuration(topology, values)
+    model = build_engine(config, groups, VOCAB).inner.module.train()  # type: ignore[attr-defined]
+    batch, length = config.train_micro_batch_size_per_gpu, config.seq_length
+    tokens = torch.zeros(batch, length, dtype=torch.long)
+    with FlopCounterMode(display=False) as counter:
+        model(tokens, tokens, torch.ones(batch, length)).backward()
+    counts = counter.get_flop_counts()["Global"]
+    forget_groups()
+    return sum(counts.get(product, 0) for product in (torch.ops.aten.mm, torch.ops.aten.addmm))
 
 
 def _kept(topology: Topology, values: Values) -> int:
