@@ -190,8 +190,8 @@ def _tensor_parallel(
 ) -> tuple[float, float]:
     """Seconds of tp messages in one micro-batch's forward and backward pass.
 
-    Both have as many. A recomputation repeats the forward pass's, or in this engine those of them
-    that the backward pass needs; stages that are alike take the same, wherever a message is counted.
+    Both have as many. A recomputation repeats the forward pass's, in this engine fewer of them; a
+    pipeline of equal stages takes as long, to whichever pass a message is counted.
     """
     total = sum(message_seconds(m, work.topology, cluster) for m in messages if m.axis == "tp")
     each = total / work.micro_batches
