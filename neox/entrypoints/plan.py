@@ -17,7 +17,7 @@ from neox.plan.cluster import Cluster, load_cluster
 from neox.plan.generation import generation
 from neox.plan.memory import memory
 from neox.plan.messages import work
-from neox.plan.picture import draw
+from neox.plan.picture import check_picture, draw
 from neox.plan.report import Plan, as_json, show, show_nearest, show_search
 from neox.plan.search import Candidate, Models, Seconds, nearest, search
 from neox.plan.time import run_cost, step_time, step_timeline
@@ -43,6 +43,10 @@ class Options:
 
 def main(config: NeoXConfig, options: Options) -> None:
     """Print the plan of a training run. Raises ConfigError."""
+    if options.picture is not None:
+        check_picture(Path(options.picture))
+        if options.cluster is None:
+            raise ConfigError("--picture shows times, which need --cluster.")
     cluster = load_cluster(options.cluster) if options.cluster else None
     room = _memory(cluster, config.world_size)
     with planned_world():
@@ -51,7 +55,7 @@ def main(config: NeoXConfig, options: Options) -> None:
         print(show(plan), flush=True)
         found: list[Candidate] = []
         seconds = _seconds(cluster)
-        if options.picture is not None:
+        if options.picture is not None and cluster is not None:
             _draw(plan, models.rows(config), cluster, Path(options.picture))
         if options.search:
             started = time.perf_counter()
@@ -96,9 +100,7 @@ def _time(config: NeoXConfig, rows: int, done: Work, cluster: Cluster) -> dict[s
     return found
 
 
-def _draw(plan: Plan, rows: int, cluster: Cluster | None, path: Path) -> None:
-    if cluster is None:
-        raise ConfigError("--picture shows times, which need --cluster.")
+def _draw(plan: Plan, rows: int, cluster: Cluster, path: Path) -> None:
     try:
         draw(step_timeline(plan.work, shape_of(plan.config, rows), cluster), path)
     except OSError as error:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from neox.plan.stages import Chunk, PlannedModel
-from neox.plan.state import Held, held
+from neox.plan.state import Held, gathered_bytes, held
 from neox.plan.trace import Traced
 
 
@@ -77,7 +77,8 @@ def _of_stage(model: PlannedModel, number: int, stage: range) -> StageMemory:
     flying = in_flight(config.pp, number, config.gradient_accumulation_steps)
     beside = _pipe_buffers(model, number) if config.is_pipe_parallel else _Buffers(0, 0)
     activations = flying * (kept + beside.of_each)
-    worst = max(0, peak - kept) + beside.once
+    trained = [p for p in model.parameters(stage) if p.requires_grad]
+    worst = max(0, peak - kept) + beside.once + gathered_bytes(config, trained)
     # ZeRO 1 and 2 have their bucket in the backward pass, but a pipeline's comes after it.
     in_backward = worst + (0 if config.is_pipe_parallel else own.bucket)
     in_step = own.bucket + own.step - activations

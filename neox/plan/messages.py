@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from neox.model.gpt import torch_dtype
 from neox.model.layout import LayerLayout
 from neox.plan.memory import of_replica
-from neox.plan.stages import PlannedModel
+from neox.plan.stages import Chunk, PlannedModel
 from neox.plan.state import (
     accumulation_dtype,
     communication_dtype,
@@ -210,7 +210,7 @@ def _flops(model: PlannedModel, number: int, stage: range) -> tuple[float, float
     Two for each multiply-add; of attention's scores all S x S, as usual (arXiv:2104.04473, though a
     causal kernel leaves half of them out). Backward a product has two of the same size, one where
     its weight is frozen. The loss computes its gradients in its forward pass: they are counted
-    backward.
+    backward. A recomputation is shorter than the forward pass: see `_left_out`.
     """
     config = model.config
     tokens = config.train_micro_batch_size_per_gpu * config.seq_length
@@ -228,7 +228,25 @@ def _flops(model: PlannedModel, number: int, stage: range) -> tuple[float, float
         forward += dense + small + scores
         backward += dense * (1 if layer.frozen else 2) + 2 * (small + scores)
         again += (dense + small + scores) if is_recomputed else 0.0
+    again -= sum(_left_out(model, chunk) for chunk in model.chunks(stage) if chunk.recomputed)
     return forward, backward, again
+
+
+def _left_out(model: PlannedModel, chunk: Chunk) -> float:
+    """FLOPs of a forward pass through a chunk that its recomputation does not need.
+
+    torch ends it as soon as it has all that the backward pass reads (early stop of
+    torch.utils.checkpoint). That is the input of the last layer's last product, but not its result,
+    unless dropout or an adapter follows. On a CPU, float32's product notes its input afterwards.
+    """
+    config, last = model.config, chunk.layers[-1]
+    is_late = model.on_cpu and config.dtype == "float32"
+    if not model.is_block(last) or last.frozen or config.hidden_dropout or is_late:
+        return 0.0
+    assert last.layout is not None
+    rows, columns = last.layout["mlp.linear2.weight"].shard_shape(config.tp)
+    tokens = config.train_micro_batch_size_per_gpu * config.seq_length
+    return 2.0 * tokens * rows * columns
 
 
 def _matrix_elements(layout: LayerLayout, tp: int) -> int:

@@ -39,13 +39,18 @@ def _sign(slot: Slot) -> str:
     return str(number % 10) if slot.work.is_forward else ascii_lowercase[number % 26]
 
 
+def check_picture(path: Path) -> None:
+    """ConfigError for a kind of file that cannot be drawn."""
+    if path.suffix not in FORMATS:
+        raise ConfigError(f"{path}: a picture's name ends with {', '.join(FORMATS)}.")
+
+
 def draw(timeline: Timeline, path: Path) -> None:
     """Write the picture to a .png, .svg or .pdf file.
 
     ConfigError for another kind of file, and for more passes than can be told apart.
     """
-    if path.suffix not in FORMATS:
-        raise ConfigError(f"{path}: a picture's name ends with {', '.join(FORMATS)}.")
+    check_picture(path)
     if len(timeline.slots) > MOST:
         raise ConfigError(
             f"A picture of {len(timeline.slots)} passes shows nothing; {MOST} are the limit. "

@@ -12,6 +12,7 @@ from neox.config import NeoXConfig
 from neox.plan.generation import Generation
 from neox.plan.memory import StageMemory
 from neox.plan.search import LIBRARIES, Candidate
+from neox.plan.state import offloads
 from neox.plan.work import Work
 
 _SHOWN = 10  # grids of a search
@@ -64,6 +65,7 @@ def show(plan: Plan) -> str:
         *_memory_table(plan.stages),
         "",
         _verdict(plan),
+        *_estimated(config),
         "",
         "messages of a rank in one step",
         *_message_table(plan.work),
@@ -187,6 +189,22 @@ def _verdict(plan: Plan) -> str:
     return f"fits        {'yes' if plan.fits else 'NO'}: {together}, and {there} for each rank"
 
 
+def _estimated(config: NeoXConfig) -> list[str]:
+    """What of a plan is less sure than the rest."""
+    lines = []
+    if config.engine_zero_stage == 3 and config.dp > 1:
+        lines.append(
+            "estimate    ZeRO 3: temporary has as many gathered weights as DeepSpeed may keep "
+            "(stage3_max_live_parameters); it joins and parts messages as its buckets are"
+        )
+    if offloads(config, "offload_optimizer") or offloads(config, "offload_param"):
+        lines.append(
+            "estimate    offloading: times have neither the way to the CPU's memory and back nor "
+            "the step there"
+        )
+    return lines
+
+
 def _message_table(work: Work) -> list[str]:
     counts: dict[tuple[str, str], list[Counter[str]]] = {}
     for number, stage in enumerate(work.stages):
@@ -218,4 +236,5 @@ def _line(row: Sequence[str], widths: Iterable[int]) -> str:
 
 
 def _number(value: float) -> str:
-    return f"{value:,.4g}"
+    """Four digits, and counts of some thousands or millions whole."""
+    return f"{value:,.0f}" if 1e4 <= value < 1e10 else f"{value:.4g}"

@@ -141,6 +141,8 @@ def held(
     if offloads(config, "offload_optimizer"):
         largest = max(p.numel() for p in trained)
         host = masters + (4 + size) * sum(parts) + size * largest
+        if stage == 2 and accumulated == size and config.gradient_accumulation_steps > 1:
+            host += gradients  # sums of micro-batches, which come back for each
         return Held(weights, gradients, 0, host, bucket, size * largest)
     return Held(weights, gradients, masters, 0, bucket, step)
 
@@ -170,13 +172,33 @@ def _sharded(
     # Those that stay whole.
     limit = zero_setting(config, "stage3_param_persistence_threshold", 100_000)
     whole = size * sum(numel for numel in numels if numel <= limit) if config.dp > 1 else 0
-    masters = 4 * sum(parts) + state_bytes(config, parts, torch.float32)
+    state = 4 * sum(parts) + state_bytes(config, parts, torch.float32)
     accumulated = accumulation_dtype(config).itemsize
-    held_on_host = masters if offloads(config, "offload_optimizer") else 0
-    weights = rest + whole + size * sum(parts)
-    bucket = _bucket(config, sum(numels), size, on_cpu)
     gradients = accumulated * sum(parts)
-    return Held(weights, gradients, masters - held_on_host, held_on_host, bucket)
+    weights = size * sum(parts)
+    bucket = _bucket(config, sum(numels), size, on_cpu)
+    moved = weights if offloads(config, "offload_param") else 0
+    on_device = rest + whole + weights - moved
+    if offloads(config, "offload_optimizer"):  # gradients too, once more in float32 for the step
+        host = moved + state + gradients + 4 * sum(parts)
+        return Held(on_device, 0, 0, host, bucket)
+    # A group's gradients joined, and that in float32.
+    largest = min(max(parts), int(zero_setting(config, "sub_group_size", 10**9)))
+    step = largest * (4 + (accumulated if accumulated < 4 else 0))
+    return Held(on_device, gradients, state, moved, bucket, step)
+
+
+def gathered_bytes(config: NeoXConfig, trained: Sequence[nn.Parameter]) -> int:
+    """Of the weights that ZeRO 3 has whole at the fullest moment: an upper bound.
+
+    DeepSpeed keeps as many as stage3_max_live_parameters, beside the small ones that stay.
+    """
+    if config.engine_zero_stage != 3 or config.dp == 1:
+        return 0
+    limit = zero_setting(config, "stage3_param_persistence_threshold", 100_000)
+    live = int(zero_setting(config, "stage3_max_live_parameters", 10**9))
+    numel = sum(p.numel() for p in trained if p.numel() > limit)
+    return torch_dtype(config.dtype).itemsize * min(numel, live)
 
 
 def _bucket(config: NeoXConfig, numel: int, size: int, on_cpu: bool) -> int:

@@ -30,6 +30,7 @@ from neox.plan.traffic import NONE, Shape
 from neox.plan.work import Message, StageWork, Work
 
 DAY, HOUR = 86400.0, 3600.0
+_DESCRIPTION = 1024  # bytes; less than any activation that is worth a pipeline
 
 
 @dataclass(frozen=True)
@@ -165,9 +166,12 @@ def _group(axis: str, grid: Topology) -> tuple[int, int]:
 
 
 def _seconds_of_a_send(messages: Sequence[Message], grid: Topology, cluster: Cluster) -> float:
-    """On average over those of a stage: activations go forward, their gradients back."""
+    """On average over those of a stage: activations go forward, their gradients back.
+
+    DeepSpeed's descriptions of tensors are a part of their sends.
+    """
     sends = [m for m in messages if m.operation == "send" and m.axis == "pp"]
-    count = sum(m.count for m in sends)
+    count = sum(m.count for m in sends if m.bytes > m.count * _DESCRIPTION)
     return sum(message_seconds(m, grid, cluster) for m in sends) / count if count else 0.0
 
 
@@ -186,7 +190,8 @@ def _tensor_parallel(
 ) -> tuple[float, float]:
     """Seconds of tp messages in one micro-batch's forward and backward pass.
 
-    Both have as many; a recomputation repeats the forward pass's.
+    Both have as many. A recomputation repeats the forward pass's, in this engine fewer of them; a
+    pipeline of equal stages takes as long, to whichever pass a message is counted.
     """
     total = sum(message_seconds(m, work.topology, cluster) for m in messages if m.axis == "tp")
     each = total / work.micro_batches

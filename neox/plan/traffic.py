@@ -56,14 +56,13 @@ class Shape:
     vocab: int  # padded
     tp: int
     element_size: int  # bytes
-    sums: Passes  # over [tokens, hidden]: biases, dropout and residual sums
+    sums: Passes  # over [tokens, hidden]: biases, dropout and residual sums, as each rank does them
     copies: Passes  # over [tokens, hidden / tp]: what is done to query, key, value and context
     gated: bool = False
     norms: int = 2
     norm: Passes = NORM
     attention_dropout: bool = False
     scores_in_memory: bool = False  # attention writes its scores, as before FlashAttention
-    sequence_parallel: bool = False  # what every tp rank would do, each does a part of
 
     @property
     def tokens(self) -> int:
@@ -76,8 +75,6 @@ class Shape:
         What is not split over tp ranks (norms, residual sums) is read and written by each.
         """
         whole = self.norm.times(self.norms).plus(self.sums).times(self.hidden)
-        if self.sequence_parallel:
-            whole = whole.times(1 / self.tp)
         activation = ACTIVATION.plus(GATE if self.gated else NONE).times(self.ffn)
         local = activation.plus(self.copies.times(self.hidden))
         if self.scores_in_memory:
@@ -105,6 +102,11 @@ def shape_of(config: NeoXConfig, padded_vocab_size: int) -> Shape:
     size = config.train_micro_batch_size_per_gpu
     assert size is not None
     rotated = config.rotary_pct if config.pos_emb == "rotary" else 0.0
+    # Two branches, each with dropout. With sequence parallelism a rank adds a part of the residual
+    # stream only; norms, dropout and the sum of parallel branches see whole sequences here.
+    part = 1 / config.model_parallel_size if config.sequence_parallel else 1.0
+    residual = SUM.times(part).plus(SUM if config.gpt_j_residual else SUM.times(part))
+    dropout = DROPOUT.times(2 if config.hidden_dropout else 0)
     return Shape(
         micro_batch=size,
         sequence=config.seq_length,
@@ -114,10 +116,9 @@ def shape_of(config: NeoXConfig, padded_vocab_size: int) -> Shape:
         vocab=padded_vocab_size,
         tp=config.model_parallel_size,
         element_size=FLOAT32 if config.precision == "fp32" else 2,
-        sums=SUM.plus(DROPOUT if config.hidden_dropout else NONE).times(2),
+        sums=residual.plus(dropout),
         copies=ROTATION.times(2 * rotated).plus(SPLIT.times(3)),
         gated=config.is_gated,
         norms=1 if config.shares_norm else 2,
         attention_dropout=bool(config.attention_dropout),
-        sequence_parallel=config.sequence_parallel,
     )

@@ -9,6 +9,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from neox.checkpoint.neox import Checkpoint
 from neox.config import NeoXConfig
@@ -72,7 +73,9 @@ def _held(topology: Topology, values: Values) -> HeldBytes:
     else:
         watched("_take_model_step")
     engine.train_batch(source, 2, 0.01)
-    weights = storages([*inner.module.parameters(), *inner.module.buffers()])
+    parameters = list(inner.module.parameters())
+    shards = [getattr(p, "ds_tensor", None) for p in parameters]  # of ZeRO 3
+    weights = storages([*parameters, *shards, *inner.module.buffers()])
     optimizer = storages(_state(inner))
     outcome = HeldBytes(
         sum(weights.values()),
@@ -93,10 +96,35 @@ def storages(tensors: Iterable[Any]) -> dict[int, int]:
     return found
 
 
+def offloaded_by_ranks(rank: int, cases: list[Case]) -> list[int]:
+    """Bytes that each case's offloaded optimizer and weights have in the CPU's memory, after a
+    step. On a CPU the rest of the engine lies there, too, so they are counted by their names."""
+    return [_offloaded(*case) for case in cases]
+
+
+def _offloaded(topology: Topology, values: Values) -> int:
+    groups = initialize(topology, "gloo", torch.device("cpu"))
+    config = configuration(topology, values)
+    engine = build_engine(config, groups, VOCAB)
+    engine.train_batch(batches(config, groups), 1, 0.01)
+    inner = engine.inner  # type: ignore[attr-defined]
+    optimizer, state = inner.optimizer, _state(inner)
+    found = state + [tensor.grad for tensor in state if tensor.is_leaf]
+    found.append(getattr(optimizer, "grad_partitions_flat_buffer", None))
+    found.append(getattr(optimizer, "temp_grad_buffer_for_cpu_offload", None))
+    found += getattr(optimizer, "param_buffer_of_bit16_for_cpu_offload_groups", [])
+    found += getattr(optimizer, "accumulated_grads_in_cpu", {}).values()
+    found += getattr(optimizer, "param_groups_fp16_flat_cpu_memory", [])
+    bytes_found = sum(storages(found).values())
+    forget_groups()
+    return bytes_found
+
+
 def _state(inner: Any) -> list[Any]:
     """Master weights and state tensors."""
     optimizer = getattr(inner.optimizer, "optimizer", inner.optimizer)
     masters = [p for group in optimizer.param_groups for p in group["params"]]
+    masters += getattr(inner.optimizer, "fp32_partitioned_groups_flat", [])
     return masters + [value for state in optimizer.state.values() for value in state.values()]
 
 
@@ -108,6 +136,7 @@ def _gradients(inner: Any) -> int:
         getattr(p, "grad_accum", None) for p in parameters
     ]
     kept += getattr(optimizer, "fp32_groups_gradients_flat", [])
+    kept.append(getattr(optimizer, "grad_partitions_flat_buffer", None))  # of ZeRO 3
     for tensors in (getattr(optimizer, "averaged_gradients", None) or {}).values():
         kept += tensors or []
     return sum(storages(kept).values())
@@ -119,6 +148,24 @@ def kept_by_ranks(rank: int, cases: list[Case]) -> list[int]:
     Of the real model without a pipeline. Each memory counts once, parameters do not.
     """
     return [_kept(*case) for case in cases]
+
+
+def products_by_ranks(rank: int, cases: list[Case]) -> list[int]:
+    """FLOPs of the matrix products of a micro-batch, both passes, as torch counts them."""
+    return [_products(*case) for case in cases]
+
+
+def _products(topology: Topology, values: Values) -> int:
+    groups = initialize(topology, "gloo", torch.device("cpu"))
+    config = configuration(topology, values)
+    model = build_engine(config, groups, VOCAB).inner.module.train()  # type: ignore[attr-defined]
+    batch, length = config.train_micro_batch_size_per_gpu, config.seq_length
+    tokens = torch.zeros(batch, length, dtype=torch.long)
+    with FlopCounterMode(display=False) as counter:
+        model(tokens, tokens, torch.ones(batch, length)).backward()
+    counts = counter.get_flop_counts()["Global"]
+    forget_groups()
+    return sum(counts.get(product, 0) for product in (torch.ops.aten.mm, torch.ops.aten.addmm))
 
 
 def _kept(topology: Topology, values: Values) -> int:

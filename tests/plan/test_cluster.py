@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
 
+from neox.config import from_dict
 from neox.errors import ConfigError
 from neox.parallel.topology import Topology
 from neox.plan.cluster import CALIBRATED, FOLDER, Cluster, Link, Reached, built_in, load_cluster
 from neox.plan.time import message_seconds, run_cost, step_time
-from neox.plan.traffic import COPY, SUM, Shape
+from neox.plan.traffic import COPY, SUM, Shape, shape_of
 from neox.plan.work import Message, StageWork, Work
+from tests.models import BASE
 
 FILE = {
     "device": "X1",
@@ -159,6 +162,27 @@ def test_what_overlaps_is_hidden_behind_the_last_backward_pass() -> None:
         message = Message("all_reduce", "dp", 1, size, overlaps)
         step = step_time(one_stage((message,), dp=8), SHAPE, cluster())
         assert (step.parts["data-parallel messages"] > 0) == exposed
+
+
+def test_a_description_is_part_of_a_send() -> None:
+    """Of two stages on two machines: a tensor each way, with its description."""
+    grid = Topology(pp=2)
+    stage = one_stage().stages[0]
+    sends = (Message("send", "pp", 3, 3 * 10**6), Message("send", "pp", 3, 3 * 72))
+    work = Work(grid, 3, 60, "float32", True, (replace(stage, messages=sends),) * 2)
+    step = step_time(work, SHAPE, cluster(devices_per_node=1))
+    each = 1e6 / 1e9 + 72 / 1e9 + 2e-5  # both have a latency
+    assert step.parts["pipeline messages"] == pytest.approx(3 * 2 * each)
+
+
+def test_sequence_parallel_ranks_share_the_residual_stream_only() -> None:
+    values = {**BASE, "model_parallel_size": 2, "hidden_size": 64}
+    for parallel, sums in ((True, 1.5), (False, 1.0)):
+        given = values | {"gpt_j_residual": parallel, "sequence_parallel": True}
+        split = shape_of(from_dict(given, world_size=2), 64)
+        assert split.sums == SUM.times(sums)
+        assert split.norms == 2
+    assert shape_of(from_dict(values, world_size=2), 64).sums == SUM.times(2)
 
 
 def test_ranks_share_a_machine() -> None:

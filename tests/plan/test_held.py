@@ -10,15 +10,25 @@ from neox.parallel.topology import Topology
 from neox.plan.memory import memory, of_replica
 from neox.plan.stages import PlannedModel
 from neox.plan.trace import planned_world
-from tests.engine.test_grids import NO_PIPELINE, ZERO_1, ZERO_2
+from tests.engine.test_grids import (
+    NO_PIPELINE,
+    OFFLOAD,
+    OFFLOAD_WEIGHTS,
+    ZERO_1,
+    ZERO_2,
+    ZERO_3,
+)
 from tests.models import VOCAB, write_model
-from tests.plan.runs import Case, HeldBytes, configuration, held_by_ranks
+from tests.plan.runs import Case, HeldBytes, configuration, held_by_ranks, offloaded_by_ranks
 from tests.world import World
 
 BF16 = {"precision": "bfloat16"}
 TIED = {"no_weight_tying": False}
 # Sizes that ZeRO has to fill up.
 ODD = {"hidden_size": 18, "num_attention_heads": 2, "pos_emb": "none", "num_layers": 3}
+# With a threshold that leaves norms and biases whole, and the default, which leaves all.
+SOME_WHOLE = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 100}}
+ALL_WHOLE = {"zero_optimization": {"stage": 3}} | NO_PIPELINE
 ODD_2 = ODD | {"num_layers": 2, "use_bias_in_attn_linear": False}
 
 CASES: list[Case] = [
@@ -40,6 +50,11 @@ CASES: list[Case] = [
     (Topology(dp=2), BF16 | ODD),
     (Topology(dp=2), ZERO_2 | TIED),
     (Topology(dp=2), ZERO_2 | BF16),
+    (Topology(), ZERO_3),
+    (Topology(dp=2), ZERO_3 | ODD),
+    (Topology(dp=2), ZERO_3 | BF16 | TIED),
+    (Topology(dp=2), NO_PIPELINE | SOME_WHOLE | BF16),
+    (Topology(dp=2), ALL_WHOLE),
     (Topology(dp=2), NO_PIPELINE | {"optimizer": {"type": "Lion", "params": {"lr": 0.01}}}),
     (Topology(dp=2), ZERO_1 | {"optimizer": {"type": "madgrad_wd", "params": {"lr": 0.01}}}),
     (Topology(pp=2, tp=2), ZERO_1 | TIED),
@@ -48,7 +63,9 @@ CASES: list[Case] = [
     (Topology(dp=2, tp=2), ZERO_2 | BF16),
     (Topology(pp=2, dp=2), BF16 | TIED),
     (Topology(pp=2, dp=2), ZERO_1 | ODD_2),
+    (Topology(dp=2, tp=2), ZERO_3 | BF16),
     (Topology(dp=4), ZERO_1 | ODD),
+    (Topology(dp=4), ZERO_3 | ODD),
     (Topology(dp=4), NO_PIPELINE | BF16 | ODD),
 ]
 
@@ -66,6 +83,28 @@ ADAPTED: list[Case] = [
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_every_rank_holds_what_was_planned(world: World, size: int) -> None:
     check(world, size, [case for case in CASES if case[0].world_size == size])
+
+
+OFFLOADED: list[Case] = [
+    (Topology(dp=2), {"zero_optimization": {"stage": stage} | OFFLOAD} | NO_PIPELINE | values)
+    for stage in (1, 2, 3)
+    for values in ({}, BF16 | ODD, {"gradient_accumulation_steps": 1})
+]
+OFFLOADED.append(
+    (Topology(dp=2), {"zero_optimization": {"stage": 3} | OFFLOAD | OFFLOAD_WEIGHTS} | NO_PIPELINE)
+)
+
+
+def test_what_is_offloaded(world: World) -> None:
+    by_rank = world.run(2, offloaded_by_ranks, OFFLOADED, timeout=300.0)
+    wrong = []
+    for (topology, values), *ranks in zip(OFFLOADED, *by_rank, strict=True):
+        with planned_world():
+            (planned,) = memory(PlannedModel(configuration(topology, values), VOCAB))
+        if planned.host != max(ranks):
+            wrong.append(f"{topology} {values}: {planned.host}, but {ranks} in truth")
+        assert planned.optimizer == 0
+    assert not wrong, "\n".join(wrong)
 
 
 @pytest.mark.parametrize("size", [1, 2])

@@ -6,7 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.published_runs import TOLERANCE, Row, error, fit, predict, read_rows, with_rates
+from benchmarks.published_runs import (
+    TOLERANCE,
+    Row,
+    error,
+    fit,
+    predict,
+    print_table,
+    read_rows,
+    with_rates,
+)
 from neox.config import load_config
 from neox.model.layout import pad_vocab_size
 from neox.parallel.topology import Topology
@@ -43,6 +52,11 @@ def test_neox_20b_took_what_its_hours_say() -> None:
     """117 TFLOP/s by the formula of its time are 1830 hours for 150000 steps."""
     row = next(row for row in ROWS if row.name == "GPT-NeoX-20B")
     assert row.seconds * 150_000 / 3600 == pytest.approx(1830, rel=0.01)
+
+
+def test_the_documented_table_is_what_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    print_table(ROWS, CALIBRATED)
+    assert capsys.readouterr().out in (CONFIGS.parent / "docs" / "clusters.md").read_text()
 
 
 def test_parts_add_up() -> None:

@@ -106,6 +106,8 @@ def test_20b_in_little_memory_and_without_a_device(tmp_path: Path) -> None:
         (["--vocab_size", "0"], "a vocabulary has a token or more"),
         (["--cluster", "a100-40g"], "Did you mean a100-40gb?"),
         (["--json", "/proc/plan.json"], "--json /proc/plan.json cannot be written"),
+        (["--picture", "a.gif"], "a picture's name ends with .png, .svg, .pdf"),
+        (["--picture", "a.svg"], "--picture shows times, which need --cluster"),
         (["--set", "model_parallel_size=3"], "num_attention_heads (64) is not divisible"),
     ],
 )
@@ -114,6 +116,27 @@ def test_wrong_input_is_a_line(
 ) -> None:
     assert main(["plan.py", str(REPOSITORY / "configs/20B.yml"), *words]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_what_is_an_estimate_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    zero_3 = "zero_optimization={stage: 3, offload_optimizer: {device: cpu}}"
+    words = ["--devices", "8", "--set", zero_3, "--set", "pipe_parallel_size=0"]
+    for given, count in ((words, 2), ([], 0)):
+        assert main(["plan.py", str(REPOSITORY / "configs/demo.yml"), *given]) == 0
+        assert capsys.readouterr().out.count("estimate    ") == count
+
+
+def test_a_price_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shipped = (REPOSITORY / "configs/clusters/h100.yml").read_text()
+    assert "\n# price_per_device_hour: 2 " in shipped
+    mine = tmp_path / "mine.yml"
+    mine.write_text(shipped.replace("# price", "price"))
+    out = tmp_path / "plan.json"
+    words = ["configs/20B.yml", "--devices", "96", "--cluster", str(mine), "--json", str(out)]
+    assert main(["plan.py", str(REPOSITORY / words[0]), *words[1:]]) == 0
+    time = json.loads(out.read_text())["time"]
+    assert time["run, price"] == pytest.approx(2 * time["run, device hours"])
+    assert "  run, price" in capsys.readouterr().out
 
 
 def test_flags_of_a_plan_are_no_others(capsys: pytest.CaptureFixture[str]) -> None:
