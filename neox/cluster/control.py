@@ -5,7 +5,7 @@
     {"beat"}             every second           {"state"}  the answer: how its rank is
     {"signal": N}        for the rank           {"asked": N}  somebody sent it signal N
     {"hold"}             before the next step   {"end"}, {"code"}  last words, exit status
-    {"stop_after": I}    the last iteration
+    {"stop_after": I}    the last iteration     {"orphan"}  what started it has ended
     {"stacks"}           what Python is doing   {"stacks": text}
     {"paused": bool}     Ctrl-Z stops deepy.py
     {"kill"}             the run is over

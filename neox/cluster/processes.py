@@ -11,6 +11,7 @@ from pathlib import Path
 
 from neox.cluster.run_folder import RUN_FOLDER
 
+_DAEMONS = ("orted", "prted", "hydra_pmi_proxy")  # Open MPI's, and hydra's
 _PR_SET_PDEATHSIG, _PR_SET_NAME = 1, 15
 
 
@@ -38,6 +39,16 @@ def kill_run(folder: Path, but: Container[int] = ()) -> None:
         if pid not in but:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)
+
+
+def kill_daemon(pid: int) -> None:
+    """Kill process `pid` if it is an mpirun's on a host that is not mpirun's own.
+
+    It would end with mpirun, but for a network that is cut or a SIGSTOP.
+    """
+    with contextlib.suppress(OSError):
+        if Path(f"/proc/{pid}/comm").read_text().strip() in _DAEMONS:
+            os.kill(pid, signal.SIGKILL)
 
 
 def state(pid: int) -> str:

@@ -44,6 +44,8 @@ class Rank:
     stopped: float | None = None  # since when it is seen stopped
     unwell: float | None = None  # since when something is known to be wrong
     stacks: str | None = None
+    asked: int = 0  # the signal by which somebody asked this rank alone to stop
+    is_orphan: bool = False  # what started it on its host has ended
     address: str = ""
 
     @property
@@ -215,6 +217,9 @@ class Ranks:
         elif "code" in message:
             rank.code = int(message["code"])
         elif "asked" in message:
-            self.asked.append(int(message["asked"]))
+            rank.asked = int(message["asked"])
+            self.asked.append(rank.asked)
+        elif "orphan" in message:
+            rank.is_orphan = True
         elif "stacks" in message:
             rank.stacks = str(message["stacks"])

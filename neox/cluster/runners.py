@@ -63,7 +63,9 @@ def command_over_hosts(hosts: Slots, job: Job, config: NeoXConfig, folder: Path)
         every = ["-S", "-N", "-f", str(len(hosts)), "-R", "ssh", "-w", ",".join(hosts)]
         command = [program, *every, shlex.join([*begin, *launch])]
     elif config.launcher == "slurm":
-        command = [program, *_srun_options(config, file, len(tasks), len(hosts)), *begin, *worker]
+        name = f"--job-name={folder.name}"  # by which it is cancelled: neox.cluster.allocation
+        options = _srun_options(config, file, len(tasks), len(hosts))
+        command = [program, name, *options, *begin, *worker]
     elif config.launcher == "openmpi":
         # seq: rank N runs on the file's line N. Threads bind themselves.
         place = ["-n", str(len(tasks)), "--hostfile", str(file), "--map-by", "seq"]

@@ -167,7 +167,10 @@ class _Watch:
             if stop and not self.stop.goes_on(stop):
                 return Outcome(128 + stop[0], f"stopped by {signal.Signals(stop[0]).name}")
             if self.failed is not None and self._is_settled(now):
-                return self._verdict().failure(now, self.launcher.returncode)
+                verdict = self._verdict()
+                if verdict.cut_off:
+                    stop.clear()  # it was the launcher that asked
+                return verdict.failure(now, self.launcher.returncode)
             if hung := self._hung():
                 return self._hang(hung)
             if missing := self._missing(now):

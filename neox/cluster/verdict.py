@@ -51,11 +51,26 @@ class Verdict:
             return self._lost(silent, now)
         if stopped := by_kind.get("stopped"):
             return self._stopped(stopped[0])
+        if launcher is not None and launcher < 0 and launcher != -signal.SIGPIPE:
+            return self._after_launcher(launcher)  # an mpirun's ranks lose their output with it
+        if self.cut_off:
+            return self._launchers_part()
         if dead := by_kind.get("died", []) + by_kind.get("gone", []):
             return self._death(sorted(dead, key=lambda rank: rank.unwell or 0.0))
         if failed := by_kind.get("error"):
             return self._error(failed)
         return self._after_launcher(launcher)
+
+    @property
+    def cut_off(self) -> list[Rank]:
+        """Ranks that live, but not what had started them, where others were asked to stop for it.
+
+        So does an mpirun that has lost its process on a host.
+        """
+        ended = [rank for rank in self.known if rank.is_over and not rank.is_done]
+        if not ended or not all(rank.asked for rank in ended):
+            return []
+        return [rank for rank in self.known if rank.is_orphan and not rank.is_over]
 
     def outcome(self, status: int, reason: str, detail: str = "", **facts: Any) -> Outcome:
         iteration = max((rank.state.get("iteration", 0) for rank in self.known), default=0)
@@ -101,9 +116,14 @@ class Verdict:
         others = [other for other in self.known if other not in dead]
         hosts = report.lost_hosts(dead, others)
         if self.several_hosts and len(dead) > 1 and rank.host in hosts:
-            here = [other.number for other in dead if other.host == rank.host]
+            here = sorted(other.number for other in dead if other.host == rank.host)
             reason += f"; all ranks on {rank.host} have ended so: {', '.join(map(str, here))}"
-        shown = report.last_lines(self.folder.log(rank.number, rank.host), LOG_LINES)
+        if rank.asked:
+            reason += f", after {signal.Signals(rank.asked).name} had asked it to stop"
+        # Rank 0's is what the console has shown.
+        is_shown = rank.number == 0 and self.folder.started_over_hosts
+        log = self.folder.log(rank.number, rank.host)
+        shown = [] if is_shown else report.last_lines(log, LOG_LINES)
         outcome = self.outcome(code, reason, repeats=code != 128 + signal.SIGKILL)
         text = "\n".join([*shown, outcome.report])
         return dataclasses.replace(outcome, report=text)
@@ -130,6 +150,16 @@ class Verdict:
         heading = f"rank {rank.number}{where} of {self.world_size} failed:"
         return dataclasses.replace(outcome, report=f"{heading}\n{text}")
 
+    def _launchers_part(self) -> Outcome:
+        ended = report.listed(rank.number for rank in self.known if rank.is_over)
+        hosts = ", ".join(sorted({rank.host for rank in self.cut_off}))
+        who = report.listed(rank.number for rank in self.cut_off)
+        return self.outcome(
+            1,
+            f"the launcher's own process on {hosts}, which had started {who}, was killed; "
+            f"then the launcher ended {ended}",
+        )
+
     def _after_launcher(self, status: int | None) -> Outcome:
         """The launcher has ended and no rank has failed: it was killed, or started too few."""
         done = {rank.number for rank in self.known if rank.is_done}
@@ -137,7 +167,8 @@ class Verdict:
         names = ", ".join(map(str, unfinished)) or "none"
         code, how = report.explain_status(status)
         outcome = self.outcome(code, f"the launcher {how}; ranks not yet done: {names}")
-        words = self.folder.launchers_words()[-LOG_LINES:]
+        was_killed = status is not None and status < 0
+        words = [] if was_killed else self.folder.launchers_words()[-LOG_LINES:]
         return dataclasses.replace(outcome, report="\n".join([*words, outcome.report]))
 
     def hang(self, culprits: list[Rank], watchdog_s: float) -> Outcome:

@@ -1,0 +1,82 @@
+"""train.py over the two hosts of a test's cluster, to be disturbed."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import time
+from collections.abc import Sequence
+
+from tests.clusters.cluster import Cluster, Host
+from tests.clusters.model import DEEPY, PYTHON, write_folder
+
+PATIENCE_S = 240.0  # on two cores that do much else
+ENDED_S = 60.0  # within which a failure ends the run everywhere
+LONG = 1_000_000
+
+
+class Training:
+    """train.py over alpha, where it is started, and beta, with two ranks on each.
+
+    `prefix` is the command in front of deepy.py; with "salloc" there is no hostfile.
+    """
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        name: str,
+        *arguments: str,
+        prefix: Sequence[str] = (),
+        **values: object,
+    ) -> None:
+        self.cluster = cluster
+        self.folder = cluster.folder / name
+        write_folder(self.folder, log_dir="logs", **values)
+        where = [] if "salloc" in prefix else ["-H", "hosts"]
+        self._begin([*prefix, str(PYTHON), str(DEEPY), "train.py", "model.yml", *where, *arguments])
+
+    def _begin(self, command: Sequence[str]) -> None:
+        with (self.folder / "stdout").open("w") as out, (self.folder / "stderr").open("w") as err:
+            self.process = self.cluster["alpha"].start(
+                command,
+                cwd=self.folder,
+                env={"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+                stdout=out.fileno(),
+                stderr=err.fileno(),
+            )
+
+    def wait_for(self, pattern: str) -> None:
+        deadline = time.monotonic() + PATIENCE_S
+        while re.search(pattern, self.stdout) is None:
+            assert self.process.poll() is None, self.stdout + self.stderr
+            assert time.monotonic() < deadline, self.stdout
+            time.sleep(0.05)
+
+    def end(self, seconds: float = ENDED_S) -> int:
+        return self.process.wait(seconds)
+
+    def ranks(self, host: Host) -> dict[str, int]:
+        """The ranks and keepers on a host, by name, as it numbers processes."""
+        script = 'for p in /proc/[0-9]*; do echo "${p#/proc/} $(cat $p/comm)"; done 2>/dev/null'
+        lines = host.run(["sh", "-c", script]).stdout.splitlines()
+        found = {name: int(pid) for pid, _, name in (line.partition(" ") for line in lines)}
+        return {name: pid for name, pid in found.items() if name.startswith("neox ")}
+
+    def assert_nothing_left(self, *hosts: str) -> None:
+        """Of the run's processes; the kernel may have the last steps of some yet to do."""
+        for name in hosts or ("alpha", "beta"):
+            deadline = time.monotonic() + 30
+            while left := self.left(self.cluster[name]):
+                assert time.monotonic() < deadline, left
+        assert not list(self.folder.glob("neox-run-*"))
+
+    def left(self, host: Host) -> list[str]:
+        return [line for line in host.processes().values() if "neox-run-" in line]
+
+    @property
+    def stdout(self) -> str:
+        return (self.folder / "stdout").read_text()
+
+    @property
+    def stderr(self) -> str:
+        return (self.folder / "stderr").read_text()
