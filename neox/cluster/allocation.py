@@ -1,4 +1,4 @@
-"""The job that Slurm makes of a run outside of any: it lasts until its srun says that it is over."""
+"""The job that Slurm makes of a run outside of any: it lasts until its srun ends it."""
 
 from __future__ import annotations
 

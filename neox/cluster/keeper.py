@@ -63,7 +63,7 @@ class Keeper:
         except OSError as error:
             text = f"rank {self.rank} on {socket.gethostname()} cannot reach deepy.py on "
             print(f"error: {text}{address.host} at {error}", file=sys.stderr, flush=True)
-            return self._abandon()
+            return self._abandon(is_gone=False)
         return self._keep(line)
 
     def _keep(self, line: Line) -> int:
@@ -89,7 +89,7 @@ class Keeper:
                 return 0
             silent = time.monotonic() - self.heard
             if not line.is_open or (silent > LEASE_S and not self.paused):
-                return self._abandon()
+                return self._abandon(is_gone=not line.is_open)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self.asked.append(number)
@@ -185,15 +185,16 @@ class Keeper:
             return text
         return ""
 
-    def _abandon(self) -> int:
-        """End what there is of the run on this host: deepy.py is gone, or out of reach."""
+    def _abandon(self, is_gone: bool) -> int:
+        """End what there is of the run on this host: deepy.py is gone, or at least out of reach."""
         self._end_rank()
         processes.kill_run(self.folder.path, but=(os.getpid(),))
         if self.folder.is_here:
             cancel_job(self.folder.path)
-            self.folder.remove()
         else:
             processes.kill_daemon(self.launcher)
+        if is_gone or self.folder.is_here:
+            self.folder.remove()
         return 1
 
     def _end_rank(self) -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from neox import log
+from neox.cluster.allocation import cancel_job
 from neox.cluster.environment import write_start
 from neox.cluster.execute import execute, prepare_environment
 from neox.cluster.hosts import (
@@ -153,7 +154,7 @@ def launch(entry_point: str | None, script: Path | None, config: NeoXConfig, pla
                     check_hosts(plan.hosts, folder.path)
             else:
                 command = [*local_command(plan.hosts, job), str(WORKER), str(folder.path)]
-            return supervise(
+            outcome = supervise(
                 command,
                 environment,
                 folder,
@@ -162,6 +163,9 @@ def launch(entry_point: str | None, script: Path | None, config: NeoXConfig, pla
                 grace_s=_grace(entry_point, config),
                 watchdog_s=config.watchdog_timeout if entry_point == "train" else 0.0,
             )
+            if outcome.status and several_hosts and config.launcher == "slurm":
+                cancel_job(folder.path)
+            return outcome
         finally:
             folder.remove()
 

@@ -60,7 +60,11 @@ def state(pid: int) -> str:
 
 
 def name_process(name: str) -> None:
-    """What ps and top call this process, on Linux (15 characters)."""
+    """What ps and top call this process, on Linux (15 characters).
+
+    Without a space: of a name that has one Slurm's proctrack/linuxproc cannot read /proc/PID/stat,
+    and then it finds no process to send a signal to.
+    """
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(_PR_SET_NAME, name.encode()[:15], 0, 0, 0)
 

@@ -74,6 +74,8 @@ def command_over_hosts(hosts: Slots, job: Job, config: NeoXConfig, folder: Path)
     else:  # hydra, which MPICH, MVAPICH and Intel MPI have in common
         place = ["-n", str(len(tasks)), "-launcher", "ssh", "-hosts"]
         place.append(",".join(f"{host}:{len(slots)}" for host, slots in hosts.items()))
+        if config.launcher != "impi":  # it would print on our standard output what it cleans up
+            place.append("-disable-auto-cleanup")
         command = [program, *place, *begin, *worker]
     quiet = 'log=$1; shift; exec "$@" </dev/null 2>"$log"'
     return ["/bin/sh", "-c", quiet, "sh", str(folder / NOISE), *command]

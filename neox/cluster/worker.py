@@ -47,11 +47,11 @@ def main() -> None:
     pid = os.fork()  # nothing large is imported yet, and there is one thread
     if pid:
         os.close(mouth)
-        processes.name_process(f"neox keeper {place.rank}")
+        processes.name_process(f"neox-keeper-{place.rank}")
         status = Keeper(folder, place.rank, pid, page, words, stacks).run()
         os._exit(status)
     processes.die_with_parent(keeper)
-    processes.name_process(f"neox rank {place.rank}")
+    processes.name_process(f"neox-rank-{place.rank}")
     os.close(words)
     faulthandler.register(signal.SIGUSR2, file=stacks, all_threads=True)
     progress.use(page)

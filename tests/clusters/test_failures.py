@@ -50,7 +50,7 @@ class Training:
         script = 'for p in /proc/[0-9]*; do echo "${p#/proc/} $(cat $p/comm)"; done 2>/dev/null'
         lines = host.run(["sh", "-c", script]).stdout.splitlines()
         found = {name: int(pid) for pid, _, name in (line.partition(" ") for line in lines)}
-        return {name: pid for name, pid in found.items() if name.startswith("neox ")}
+        return {name: pid for name, pid in found.items() if name.startswith("neox-")}
 
     def assert_nothing_left(self, *hosts: str) -> None:
         """Of the run's processes; the kernel may have the last steps of some yet to do."""
@@ -120,7 +120,7 @@ def test_a_host_whose_processes_are_killed_is_named(
 def test_a_stopped_rank_is_named(cluster: Cluster, train: Callable[..., Training]) -> None:
     run = train("stopped", train_iters=LONG)
     run.wait_for(r"iteration +3/")
-    pid = run.ranks(cluster["beta"])["neox rank 3"]
+    pid = run.ranks(cluster["beta"])["neox-rank-3"]
     cluster["beta"].run(["kill", "-STOP", str(pid)], check=True)
     assert run.end() == 1, run.stderr
     assert re.match(rf"error: rank 3 on beta \(pid {pid}\) is stopped since \d+ s\n", run.stderr)
@@ -158,7 +158,7 @@ def test_a_restarted_run_has_the_losses_of_an_undisturbed_one(
         cluster.restore("beta")
     else:
         number = "-STOP" if fault == "stop" else "-KILL"
-        pid = run.ranks(cluster["beta"])["neox rank 2"]
+        pid = run.ranks(cluster["beta"])["neox-rank-2"]
         cluster["beta"].run(["kill", number, str(pid)], check=True)
     assert run.end(PATIENCE_S) == 0, run.stderr
     assert re.search(r"restart 1 of 1, from global_step\d+: (rank 2 on )?beta", run.stdout)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
 import time
 from collections.abc import Sequence
 
@@ -60,7 +59,7 @@ class Training:
         script = 'for p in /proc/[0-9]*; do echo "${p#/proc/} $(cat $p/comm)"; done 2>/dev/null'
         lines = host.run(["sh", "-c", script]).stdout.splitlines()
         found = {name: int(pid) for pid, _, name in (line.partition(" ") for line in lines)}
-        return {name: pid for name, pid in found.items() if name.startswith("neox ")}
+        return {name: pid for name, pid in found.items() if name.startswith("neox-")}
 
     def assert_nothing_left(self, *hosts: str) -> None:
         """Of the run's processes; the kernel may have the last steps of some yet to do."""

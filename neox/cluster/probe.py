@@ -27,7 +27,7 @@ class _Host:
     probe: socket.socket | None = None
 
 
-class Absent:
+class Probe:
     """Which hosts have answered, and then have not for LEASE_S.
 
     One that never did is not judged: something may keep us from that port. Nothing here waits,
