@@ -154,7 +154,7 @@ def launch(entry_point: str | None, script: Path | None, config: NeoXConfig, pla
                     check_hosts(plan.hosts, folder.path)
             else:
                 command = [*local_command(plan.hosts, job), str(WORKER), str(folder.path)]
-            outcome = supervise(
+            return supervise(
                 command,
                 environment,
                 folder,
@@ -163,10 +163,9 @@ def launch(entry_point: str | None, script: Path | None, config: NeoXConfig, pla
                 grace_s=_grace(entry_point, config),
                 watchdog_s=config.watchdog_timeout if entry_point == "train" else 0.0,
             )
-            if outcome.status and several_hosts and config.launcher == "slurm":
-                cancel_job(folder.path)
-            return outcome
         finally:
+            if several_hosts and config.launcher == "slurm":
+                cancel_job(folder.path)
             folder.remove()
 
     return run(config, attempt, restarts)

@@ -5,78 +5,20 @@ from __future__ import annotations
 import re
 import signal
 import subprocess
-import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 
-from tests.clusters.cluster import Cluster, Host
-from tests.clusters.model import DEEPY, PYTHON, losses, write_folder
-
-PATIENCE_S = 240.0  # on two cores that do much else
-ENDED_S = 60.0  # within which a failure ends the run everywhere
-LONG = 1_000_000
-
-
-class Training:
-    """train.py over alpha, where it is started, and beta, with two ranks on each."""
-
-    def __init__(self, cluster: Cluster, name: str, *arguments: str, **values: object) -> None:
-        self.cluster = cluster
-        self.folder = cluster.folder / name
-        write_folder(self.folder, log_dir="logs", **values)
-        (self.folder / "hosts").write_text("alpha slots=2\nbeta slots=2\n")
-        with (self.folder / "stdout").open("w") as out, (self.folder / "stderr").open("w") as err:
-            self.process = cluster["alpha"].start(
-                [PYTHON, DEEPY, "train.py", "model.yml", "-H", "hosts", *arguments],
-                cwd=self.folder,
-                env={"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-                stdout=out.fileno(),
-                stderr=err.fileno(),
-            )
-
-    def wait_for(self, pattern: str) -> None:
-        deadline = time.monotonic() + PATIENCE_S
-        while re.search(pattern, self.stdout) is None:
-            assert self.process.poll() is None, self.stdout + self.stderr
-            assert time.monotonic() < deadline, self.stdout
-            time.sleep(0.05)
-
-    def end(self, seconds: float = ENDED_S) -> int:
-        return self.process.wait(seconds)
-
-    def ranks(self, host: Host) -> dict[str, int]:
-        """The ranks and keepers on a host, by name, as it numbers processes."""
-        script = 'for p in /proc/[0-9]*; do echo "${p#/proc/} $(cat $p/comm)"; done 2>/dev/null'
-        lines = host.run(["sh", "-c", script]).stdout.splitlines()
-        found = {name: int(pid) for pid, _, name in (line.partition(" ") for line in lines)}
-        return {name: pid for name, pid in found.items() if name.startswith("neox-")}
-
-    def assert_nothing_left(self, *hosts: str) -> None:
-        """Of the run's processes; the kernel may have the last steps of some yet to do."""
-        for name in hosts or ("alpha", "beta"):
-            deadline = time.monotonic() + 30
-            while left := self._left(self.cluster[name]):
-                assert time.monotonic() < deadline, left
-        assert not list(self.folder.glob("neox-run-*"))
-
-    def _left(self, host: Host) -> list[str]:
-        return [line for line in host.processes().values() if "neox-run-" in line]
-
-    @property
-    def stdout(self) -> str:
-        return (self.folder / "stdout").read_text()
-
-    @property
-    def stderr(self) -> str:
-        return (self.folder / "stderr").read_text()
-
+from tests.clusters.cluster import Cluster
+from tests.clusters.model import losses
+from tests.clusters.training import ENDED_S, LONG, PATIENCE_S, Training
 
 @pytest.fixture
 def train(cluster: Cluster) -> Iterator[Callable[..., Training]]:
     runs = []
 
-    def begin(name: str, *arguments: str, **values: object) -> Training:
+    def begin(name: str, *arguments: str, **values: Any) -> Training:
         runs.append(Training(cluster, name, *arguments, **values))
         return runs[-1]
 
