@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from tests.clusters.cluster import Cluster, Host
 from tests.clusters.model import DEEPY, PYTHON, write_folder
@@ -12,6 +12,8 @@ from tests.clusters.model import DEEPY, PYTHON, write_folder
 PATIENCE_S = 240.0  # on two cores that do much else
 ENDED_S = 60.0  # within which a failure ends the run everywhere
 LONG = 1_000_000
+LAUNCHERS = ("pdsh", "slurm", "openmpi", "mpich")
+STILL_S = 2.0  # without a step, of which some take 0.1 s
 
 
 class Training:
@@ -45,14 +47,41 @@ class Training:
             )
 
     def wait_for(self, pattern: str) -> None:
+        self.wait_until(lambda: re.search(pattern, self.stdout) is not None)
+
+    def wait_until(self, condition: Callable[[], bool]) -> None:
         deadline = time.monotonic() + PATIENCE_S
-        while re.search(pattern, self.stdout) is None:
+        while not condition():
             assert self.process.poll() is None, self.stdout + self.stderr
             assert time.monotonic() < deadline, self.stdout
             time.sleep(0.05)
 
+    def wait_until_still(self) -> None:
+        """Until it has printed nothing for STILL_S."""
+        printed, since = self.stdout, time.monotonic()
+        while time.monotonic() < since + STILL_S:
+            if self.stdout != printed:
+                printed, since = self.stdout, time.monotonic()
+            time.sleep(0.05)
+
     def end(self, seconds: float = ENDED_S) -> int:
-        return self.process.wait(seconds)
+        """The exit status; no process, and nobody's library, has told more than it should."""
+        status = self.process.wait(seconds)
+        assert "Traceback" not in self.stdout + self.stderr
+        assert "====" not in self.stdout
+        return status
+
+    def signal(self, host: str, who: str, name: str) -> int:
+        """Send "rank-3" or "keeper-3" a signal ("STOP"); its number, as the host counts."""
+        pid = self.ranks(self.cluster[host])[f"neox-{who}"]
+        self.cluster[host].run(["kill", f"-{name}", str(pid)], check=True)
+        return pid
+
+    def signal_command(self, host: str, pattern: str, name: str) -> None:
+        """Send a signal to the first process whose command line begins so."""
+        found = self.cluster[host].processes().items()
+        pid = min(pid for pid, line in found if re.match(pattern, line))
+        self.cluster[host].run(["kill", f"-{name}", str(pid)], check=True)
 
     def ranks(self, host: Host) -> dict[str, int]:
         """The ranks and keepers on a host, by name, as it numbers processes."""
