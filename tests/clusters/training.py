@@ -32,7 +32,7 @@ class Training:
     ) -> None:
         self.cluster = cluster
         self.folder = cluster.folder / name
-        write_folder(self.folder, log_dir="logs", **values)
+        write_folder(self.folder, **{"log_dir": "logs", **values})
         where = [] if "salloc" in prefix else ["-H", "hosts"]
         self._begin([*prefix, str(PYTHON), str(DEEPY), "train.py", "model.yml", *where, *arguments])
 
