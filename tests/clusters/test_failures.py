@@ -161,6 +161,16 @@ def test_a_host_that_is_lost_before_its_ranks_start_is_named(
     cluster.restore("beta")
 
 
+def test_a_host_that_takes_no_ssh_is_named(cluster: Cluster, train: Train) -> None:
+    cluster["beta"].run(["pkill", "-x", "sshd"], check=True)
+    run = train("no_sshd", "--set", "no_ssh_check=true", train_iters=LONG)
+    assert run.end(PATIENCE_S) == 1, run.stderr
+    cluster.start_services()
+    named = "error: ssh to beta ended with status 255, before ranks 2, 3 had started there\n"
+    assert named in run.stderr and "Connection refused" in run.stderr
+    run.assert_nothing_left()
+
+
 RESTARTS = [("cut", "mpich"), ("cut", "slurm"), ("kill", "openmpi"), ("stop", "pdsh")]
 
 
