@@ -5,7 +5,7 @@
     {"beat"}             every second           {"state"}  the answer: how its rank is
     {"signal": N}        for the rank           {"asked": N}  somebody sent it signal N
     {"hold"}             before the next step   {"end"}, {"code"}  last words, exit status
-    {"stop_after": I}    the last iteration
+    {"stop_after": I}    the last iteration     {"orphan"}  what started it has ended
     {"stacks"}           what Python is doing   {"stacks": text}
     {"paused": bool}     Ctrl-Z stops deepy.py
     {"kill"}             the run is over
@@ -17,12 +17,15 @@ which only the user can read, and never on the network. Nothing that comes in is
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import hmac
 import json
 import os
 import secrets
 import socket
+import sys
+import termios
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -56,6 +59,17 @@ class Line:
     @property
     def is_flushed(self) -> bool:
         return not self._out
+
+    @property
+    def is_delivered(self) -> bool:
+        """Whether the other host has acknowledged all that was sent (Linux; else false)."""
+        if not self.is_open or self._out or not hasattr(termios, "TIOCOUTQ"):
+            return False
+        try:
+            left = fcntl.ioctl(self.connection, termios.TIOCOUTQ, b"\0" * 4)
+        except OSError:
+            return False
+        return int.from_bytes(left, sys.byteorder) == 0
 
     def send(self, **message: Any) -> None:
         self._out += json.dumps(message).encode() + b"\n"

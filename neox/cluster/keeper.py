@@ -19,6 +19,7 @@ from typing import Any
 
 from neox import progress
 from neox.cluster import processes
+from neox.cluster.allocation import cancel_job
 from neox.cluster.control import BEAT_S, LEASE_S, Address, Line, connect
 from neox.cluster.run_folder import RunFolder
 
@@ -47,6 +48,8 @@ class Keeper:
         self.paused = False
         self.held_at: float | None = None
         self.asked: list[int] = []
+        self.launcher = os.getppid()  # or its part on this host, until that is gone
+        self.is_orphan = False
         self.mark, self.moved = page.mark(), time.monotonic()
 
     def run(self) -> int:
@@ -60,8 +63,7 @@ class Keeper:
         except OSError as error:
             text = f"rank {self.rank} on {socket.gethostname()} cannot reach deepy.py on "
             print(f"error: {text}{address.host} at {error}", file=sys.stderr, flush=True)
-            self._kill()
-            return 1
+            return self._abandon(is_gone=False)
         return self._keep(line)
 
     def _keep(self, line: Line) -> int:
@@ -69,15 +71,16 @@ class Keeper:
         self.heard = time.monotonic()
         while True:
             self._look(line)
+            self._tell(line)
             for message in line.receive():
                 self.heard = time.monotonic()
                 if "kill" in message:
                     self._end_rank()
                     if not self.folder.is_here:  # there deepy.py itself sees to the rest
                         processes.kill_run(self.folder.path, but=(os.getpid(), os.getppid()))
+                        processes.kill_daemon(self.launcher)
                     return 1
                 self._obey(line, message)
-            self._tell(line)
             if self.code is not None and not told:
                 line.send(code=self.code)
                 told = True
@@ -86,11 +89,7 @@ class Keeper:
                 return 0
             silent = time.monotonic() - self.heard
             if not line.is_open or (silent > LEASE_S and not self.paused):
-                self._end_rank()
-                processes.kill_run(self.folder.path, but=(os.getpid(),))
-                if self.folder.is_here:
-                    self.folder.remove()
-                return 1
+                return self._abandon(is_gone=not line.is_open)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self.asked.append(number)
@@ -128,6 +127,9 @@ class Keeper:
 
     def _tell(self, line: Line) -> None:
         """Pass on what deepy.py should know at once."""
+        if not self.is_orphan and os.getppid() != self.launcher:
+            self.is_orphan = True
+            line.send(orphan=True)
         for number in self.asked:
             line.send(asked=number)
         self.asked.clear()
@@ -182,6 +184,18 @@ class Keeper:
                 before, text = text, os.pread(self.stacks, 1 << 16, 0).decode(errors="replace")
             return text
         return ""
+
+    def _abandon(self, is_gone: bool) -> int:
+        """End what there is of the run on this host: deepy.py is gone, or at least out of reach."""
+        self._end_rank()
+        processes.kill_run(self.folder.path, but=(os.getpid(),))
+        if self.folder.is_here:
+            cancel_job(self.folder.path)
+        else:
+            processes.kill_daemon(self.launcher)
+        if is_gone or self.folder.is_here:
+            self.folder.remove()
+        return 1
 
     def _end_rank(self) -> None:
         if self.code is None:

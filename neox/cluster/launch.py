@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from neox import log
+from neox.cluster.allocation import cancel_job
 from neox.cluster.environment import write_start
 from neox.cluster.execute import execute, prepare_environment
 from neox.cluster.hosts import (
@@ -163,6 +164,8 @@ def launch(entry_point: str | None, script: Path | None, config: NeoXConfig, pla
                 watchdog_s=config.watchdog_timeout if entry_point == "train" else 0.0,
             )
         finally:
+            if several_hosts and config.launcher == "slurm":
+                cancel_job(folder.path)
             folder.remove()
 
     return run(config, attempt, restarts)

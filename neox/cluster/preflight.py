@@ -6,6 +6,7 @@ import os
 import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -44,10 +45,11 @@ def check_hosts(hosts: Iterable[str], run: Path) -> None:
     )
     script += "\necho neox:good\n"
     asked = {host: _ask(host) for host in hosts}
-    problems = []
+    problems, deadline = [], time.monotonic() + ANSWER_S
     for host, process in asked.items():
         try:
-            said, errors = process.communicate(script, timeout=ANSWER_S)
+            left = max(deadline - time.monotonic(), 0.1)
+            said, errors = process.communicate(script, timeout=left)
         except subprocess.TimeoutExpired:
             process.kill()
             process.communicate()

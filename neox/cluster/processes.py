@@ -11,6 +11,7 @@ from pathlib import Path
 
 from neox.cluster.run_folder import RUN_FOLDER
 
+_DAEMONS = ("orted", "prted", "hydra_pmi_proxy")  # Open MPI's, and hydra's
 _PR_SET_PDEATHSIG, _PR_SET_NAME = 1, 15
 
 
@@ -40,6 +41,16 @@ def kill_run(folder: Path, but: Container[int] = ()) -> None:
                 os.kill(pid, signal.SIGKILL)
 
 
+def kill_daemon(pid: int) -> None:
+    """Kill process `pid` if it is an mpirun's on a host that is not mpirun's own.
+
+    It would end with mpirun, but for a network that is cut or a SIGSTOP.
+    """
+    with contextlib.suppress(OSError):
+        if Path(f"/proc/{pid}/comm").read_text().strip() in _DAEMONS:
+            os.kill(pid, signal.SIGKILL)
+
+
 def state(pid: int) -> str:
     """R running, S sleeping, D waiting for a device, T stopped, Z ended ...; "" if not known."""
     try:
@@ -49,7 +60,11 @@ def state(pid: int) -> str:
 
 
 def name_process(name: str) -> None:
-    """What ps and top call this process, on Linux (15 characters)."""
+    """What ps and top call this process, on Linux (15 characters).
+
+    Without a space: of a name that has one Slurm's proctrack/linuxproc cannot read /proc/PID/stat,
+    and then it finds no process to send a signal to.
+    """
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(_PR_SET_NAME, name.encode()[:15], 0, 0, 0)
 

@@ -44,6 +44,8 @@ class Rank:
     stopped: float | None = None  # since when it is seen stopped
     unwell: float | None = None  # since when something is known to be wrong
     stacks: str | None = None
+    asked: int = 0  # the signal by which somebody asked this rank alone to stop
+    is_orphan: bool = False  # what started it on its host has ended
     address: str = ""
 
     @property
@@ -93,6 +95,8 @@ class Ranks:
         self.asked: list[int] = []  # signals that ranks or keepers got from somebody
         self.first: float | None = None  # when the first rank reported
         self._strangers: list[_Stranger] = []
+        self.stood_still = 0.0  # seconds that this process did not run, if too many
+        self._looked = time.monotonic()
         self._beaten = 0.0
         self._order: dict[str, Any] = {}
         self._later: list[Callable[[], object]] = []
@@ -133,12 +137,23 @@ class Ranks:
         for rank in self.known.values():
             rank.heard = now
         self.tell(paused=False)
+        self._looked = now
         self.beat()
+
+    def _notice_standstill(self) -> None:
+        """What the ranks have said meanwhile is still to be read."""
+        now = time.monotonic()
+        if now - self._looked > LEASE_S / 2:
+            self.stood_still = now - self._looked if now - self._looked > LEASE_S else 0.0
+            for rank in self.known.values():
+                rank.heard = now
+        self._looked = now
 
     def look(self, timeout: float) -> None:
         """Wait up to `timeout` seconds for news, and take it in."""
         while self._later:
             self._later.pop(0)()
+        self._notice_standstill()
         if time.monotonic() - self._beaten > BEAT_S:
             self.beat()
         poll = select.poll()
@@ -215,6 +230,9 @@ class Ranks:
         elif "code" in message:
             rank.code = int(message["code"])
         elif "asked" in message:
-            self.asked.append(int(message["asked"]))
+            rank.asked = int(message["asked"])
+            self.asked.append(rank.asked)
+        elif "orphan" in message:
+            rank.is_orphan = True
         elif "stacks" in message:
             rank.stacks = str(message["stacks"])

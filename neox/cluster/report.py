@@ -40,6 +40,12 @@ def explain_status(status: int | None) -> tuple[int, str]:
     return 128 - status, f"was killed by {name}{hint}"
 
 
+def explain_end(rank: Rank) -> tuple[int, str]:
+    if rank.code is None:  # its keeper was killed, and that kills the rank
+        return 128 + signal.SIGKILL, "was killed, and its keeper with it"
+    return explain_status(rank.code)
+
+
 def whereabouts(rank: Rank) -> str:
     """What a rank was at when it was last heard of: the iteration, its last collective."""
     state = rank.state
@@ -55,14 +61,17 @@ def whereabouts(rank: Rank) -> str:
 
 
 def waiting(ranks: Iterable[Rank]) -> list[str]:
-    """What each of `ranks` waits in, a line for those that wait in the same."""
+    """How each of `ranks` ended, or what it waits in, a line for those that wait in the same."""
     together: dict[str, list[Rank]] = defaultdict(list)
+    over = []
     for rank in ranks:
-        if rank.state.get("waiting"):
+        if rank.is_over and not rank.is_done:
+            over.append(f"  rank {rank.number} {explain_end(rank)[1].partition(';')[0]}")
+        elif rank.state.get("waiting"):
             together[f"in {_call(rank)}"].append(rank)
         elif rank.state:
             together[""].append(rank)
-    lines = []
+    lines = over
     for what, group in sorted(together.items(), key=lambda item: -len(item[1])):
         who = listed(rank.number for rank in group)
         if what:

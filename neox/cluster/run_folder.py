@@ -26,6 +26,7 @@ from pathlib import Path
 from neox.atomic import write_text
 from neox.cluster.place import Place
 from neox.config import NeoXConfig
+from neox.errors import ConfigError
 
 # Over several hosts: the script that every process begins with, and what the launcher itself says.
 START, NOISE = "start", "launcher.log"
@@ -60,6 +61,9 @@ class Job:
                 return Place(rank, rank - ranks.start, len(slots))
         raise AssertionError(f"rank {rank} has no place in {self.hosts}")
 
+    def host_of(self, rank: int) -> str:
+        return next(host for host, _, ranks in self._ranks() if rank in ranks)
+
     def _ranks(self) -> Iterator[tuple[str, list[int], range]]:
         first = 0
         for host, slots in self.hosts.items():
@@ -85,9 +89,20 @@ class RunFolder:
     @classmethod
     def create(cls, job: Job, config: NeoXConfig, parent: Path | None = None) -> RunFolder:
         """A new folder that only this user can read (mkdtemp's mode is 0700)."""
-        folder = cls(Path(tempfile.mkdtemp(prefix="neox-run-", dir=parent)))
-        write_text(folder.path / "job.json", json.dumps(dataclasses.asdict(job)))
-        write_text(folder.config_file, config.encode())
+        where = parent or Path(tempfile.gettempdir())
+        path = None
+        try:
+            path = Path(tempfile.mkdtemp(prefix="neox-run-", dir=where))
+            folder = cls(path)
+            write_text(folder.path / "job.json", json.dumps(dataclasses.asdict(job)))
+            write_text(folder.config_file, config.encode())
+        except OSError as error:
+            if path is not None:
+                shutil.rmtree(path, ignore_errors=True)
+            raise ConfigError(
+                f"the run's own folder, {where}/neox-run-*, cannot be written: {error.strerror}"
+            ) from error
+        folder.job = job  # it stays known when the folder is gone
         return folder
 
     def remove(self) -> None:

@@ -63,7 +63,9 @@ def command_over_hosts(hosts: Slots, job: Job, config: NeoXConfig, folder: Path)
         every = ["-S", "-N", "-f", str(len(hosts)), "-R", "ssh", "-w", ",".join(hosts)]
         command = [program, *every, shlex.join([*begin, *launch])]
     elif config.launcher == "slurm":
-        command = [program, *_srun_options(config, file, len(tasks), len(hosts)), *begin, *worker]
+        name = f"--job-name={folder.name}"  # by which it is cancelled: neox.cluster.allocation
+        options = _srun_options(config, file, len(tasks), len(hosts))
+        command = [program, name, *options, *begin, *worker]
     elif config.launcher == "openmpi":
         # seq: rank N runs on the file's line N. Threads bind themselves.
         place = ["-n", str(len(tasks)), "--hostfile", str(file), "--map-by", "seq"]
@@ -72,6 +74,8 @@ def command_over_hosts(hosts: Slots, job: Job, config: NeoXConfig, folder: Path)
     else:  # hydra, which MPICH, MVAPICH and Intel MPI have in common
         place = ["-n", str(len(tasks)), "-launcher", "ssh", "-hosts"]
         place.append(",".join(f"{host}:{len(slots)}" for host, slots in hosts.items()))
+        if config.launcher != "impi":  # it would print on our standard output what it cleans up
+            place.append("-disable-auto-cleanup")
         command = [program, *place, *begin, *worker]
     quiet = 'log=$1; shift; exec "$@" </dev/null 2>"$log"'
     return ["/bin/sh", "-c", quiet, "sh", str(folder / NOISE), *command]

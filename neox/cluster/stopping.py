@@ -8,6 +8,35 @@ from neox.cluster.ranks import Ranks
 from neox.progress import STOP_SIGNALS
 
 ANSWER_S = 2.0  # for ranks to say whether they can
+ECHO_S = 3.0  # within which the same signal is the same request
+
+
+class Requests:
+    """The signals that have asked the run to stop.
+
+    A batch system may send one to a script, which passes it on, to deepy.py and to the ranks.
+    """
+
+    def __init__(self) -> None:
+        self.numbers: list[int] = []
+        self._last = 0.0
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    @property
+    def first(self) -> int:
+        return self.numbers[0]
+
+    def add(self, number: int) -> None:
+        now = time.monotonic()
+        is_echo = number in self.numbers and number in STOP_SIGNALS and now < self._last + ECHO_S
+        self._last = now
+        if not is_echo:
+            self.numbers.append(number)
+
+    def forget(self) -> None:
+        self.numbers.clear()
 
 
 class GentleStop:
@@ -19,9 +48,9 @@ class GentleStop:
         self.held = False
         self.stop_after: int | None = None
 
-    def goes_on(self, stop: list[int]) -> bool:
+    def goes_on(self, stop: Requests) -> bool:
         """Take the next step towards it; False where the run is to be ended now."""
-        if stop[0] not in STOP_SIGNALS or len(stop) > 1:
+        if stop.first not in STOP_SIGNALS or len(stop) > 1:
             return False
         known = list(self.ranks.known.values())
         now = time.monotonic()
@@ -34,7 +63,7 @@ class GentleStop:
         if not self.held:
             if heard and all(rank.state.get("stoppable") for rank in known):
                 self.held = True
-                self.ranks.tell(hold=stop[0])
+                self.ranks.tell(hold=stop.first)
                 return True
             may_answer = len(known) == self.ranks.world_size and not heard
             return may_answer and now < self.asked + ANSWER_S

@@ -18,9 +18,10 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from neox.cluster import processes, report
+from neox.cluster.arrival import Arrival
 from neox.cluster.ranks import Rank, Ranks
 from neox.cluster.run_folder import RUN_FOLDER, RunFolder
-from neox.cluster.stopping import GentleStop
+from neox.cluster.stopping import GentleStop, Requests
 from neox.cluster.verdict import Outcome, Verdict
 
 TICK_S = 0.2
@@ -54,10 +55,11 @@ def supervise(
         launcher = subprocess.Popen(
             command, env={**environment, RUN_FOLDER: str(folder.path)}, start_new_session=True
         )
+        watch = _Watch(launcher, folder, ranks, watchdog_s, several_hosts=bool(hosts))
         try:
-            watch = _Watch(launcher, folder, ranks, watchdog_s, several_hosts=bool(hosts))
             outcome = watch.wait(stop)
         finally:
+            watch.arrival.close()
             # A launcher that is asked to end tells the other hosts. Where there are none it would
             # only print what interrupted it.
             first = signal.SIGTERM if hosts else signal.SIGKILL
@@ -71,20 +73,20 @@ def supervise(
 
 
 @contextlib.contextmanager
-def _stop_requests(folder: RunFolder, ranks: Ranks) -> Iterator[list[int]]:
-    """The signals that have asked us to stop, as a list that grows.
+def _stop_requests(folder: RunFolder, ranks: Ranks) -> Iterator[Requests]:
+    """The signals that have asked us to stop, which may become more.
 
     The launcher's session is not the terminal's, so the keys' signals come here. While rank 0
     claims them, Ctrl-C is passed on to it, and Ctrl-Z does nothing: rank 0 would read on, beside
     the shell.
     """
-    received: list[int] = []
+    received = Requests()
 
     def request(number: int, frame: object) -> None:
         if number == signal.SIGINT and folder.interrupts_are_claimed and 0 in ranks.known:
             ranks.later(lambda: ranks.known[0].line.send(signal=number))
         else:
-            received.append(number)
+            received.add(number)
 
     def suspend(number: int, frame: object) -> None:
         if not folder.interrupts_are_claimed:
@@ -145,9 +147,10 @@ class _Watch:
         self.watchdog_s = watchdog_s
         self.several_hosts = several_hosts
         self.stop = GentleStop(ranks)
+        self.arrival = Arrival(folder, ranks, watchdog_s, several_hosts=several_hosts)
         self.failed: float | None = None  # when the first sign of a failure was seen
 
-    def wait(self, stop: list[int]) -> Outcome:
+    def wait(self, stop: Requests) -> Outcome:
         while True:
             launcher_is_gone = self.launcher.poll() is not None
             self.ranks.look(0.02 if launcher_is_gone else TICK_S)
@@ -159,19 +162,23 @@ class _Watch:
             troubles = [rank.trouble(now) for rank in self.ranks.sorted()]
             if not launcher_is_gone and not any(troubles):
                 self.failed = None  # who was silent has spoken
+                self.ranks.stood_still = 0.0
             elif self.failed is None:
                 self.failed = now
                 self.ranks.beat()
-            if not stop and self.failed is None:
-                stop += self.ranks.asked[:1]
+            if not stop and self.failed is None and self.ranks.asked:
+                stop.add(self.ranks.asked[0])
             if stop and not self.stop.goes_on(stop):
-                return Outcome(128 + stop[0], f"stopped by {signal.Signals(stop[0]).name}")
+                return Outcome(128 + stop.first, f"stopped by {signal.Signals(stop.first).name}")
             if self.failed is not None and self._is_settled(now):
-                return self._verdict().failure(now, self.launcher.returncode)
+                verdict = self._verdict()
+                if verdict.cut_off:
+                    stop.forget()  # it was the launcher that asked
+                return verdict.failure(now, self.launcher.returncode)
             if hung := self._hung():
                 return self._hang(hung)
-            if missing := self._missing(now):
-                return self._verdict().outcome(1, missing)
+            if self.failed is None and (missing := self.arrival.trouble(now)):
+                return self._verdict().missing(missing)
 
     def _is_settled(self, now: float) -> bool:
         """Whether every rank has said how it is since the first sign of a failure.
@@ -193,18 +200,6 @@ class _Watch:
             return []
         return [rank for rank in running if rank.state["idle"] > self.watchdog_s / 2]
 
-    def _missing(self, now: float) -> str:
-        """Says which ranks have never reported, long after the first one has."""
-        first = self.ranks.first
-        missing = set(range(self.ranks.world_size)) - self.ranks.known.keys()
-        if not missing or first is None or not self.watchdog_s or now < first + self.watchdog_s:
-            return ""
-        who, hosts = report.listed(missing), sorted({rank.host for rank in self.ranks.sorted()})
-        return (
-            f"{who} did not start within {self.watchdog_s:g} s (watchdog_timeout) of the first; "
-            f"the others are on {', '.join(hosts)}"
-        )
-
     def _hang(self, idle: list[Rank]) -> Outcome:
         """Judge ranks that do not get on, once the first culprit has shown what it is at."""
         culprits = report.suspects(idle)
@@ -222,7 +217,7 @@ def _end_all(
     launcher: subprocess.Popen[bytes],
     folder: RunFolder,
     ranks: Ranks,
-    stop: list[int],
+    stop: Requests,
     first: signal.Signals,
     grace_s: float,
 ) -> None:
@@ -246,7 +241,7 @@ def _end_all(
                     return
 
     if stop:  # the ranks get what we got, and time to act on it
-        ranks.order(signal=stop[0])
+        ranks.order(signal=stop.first)
         wait(grace_s)
     ranks.order(kill=1)
     for to_group, to_strays in ((first, signal.SIGTERM), (signal.SIGKILL, signal.SIGKILL)):

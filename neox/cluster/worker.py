@@ -47,11 +47,11 @@ def main() -> None:
     pid = os.fork()  # nothing large is imported yet, and there is one thread
     if pid:
         os.close(mouth)
-        processes.name_process(f"neox keeper {place.rank}")
+        processes.name_process(f"neox-keeper-{place.rank}")
         status = Keeper(folder, place.rank, pid, page, words, stacks).run()
         os._exit(status)
     processes.die_with_parent(keeper)
-    processes.name_process(f"neox rank {place.rank}")
+    processes.name_process(f"neox-rank-{place.rank}")
     os.close(words)
     faulthandler.register(signal.SIGUSR2, file=stacks, all_threads=True)
     progress.use(page)
@@ -117,14 +117,18 @@ def _find_place(job: Job) -> Place:
 
 def _speak_into(log: Path) -> None:
     """Only rank 0 has the console; what the others print is kept for the case that they fail."""
-    try:
-        log.parent.mkdir(parents=True, exist_ok=True)
-        file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-    except OSError as error:
-        raise ConfigError(f"log_dir: {log} cannot be written: {error.strerror}.") from error
+    file = _open_log(log)
     null = os.open(os.devnull, os.O_RDONLY)
     for source, target in ((null, 0), (file, 1), (file, 2)):
         os.dup2(source, target)
+
+
+def _open_log(log: Path) -> int:
+    try:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        return os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    except OSError as error:
+        raise ConfigError(f"log_dir: {log} cannot be written: {error.strerror}.") from error
 
 
 def _speak_through_launcher(log: Path | None) -> None:
@@ -138,7 +142,7 @@ def _speak_through_launcher(log: Path | None) -> None:
         settings[1] &= ~termios.OPOST  # or lines would end in \r\n
         termios.tcsetattr(1, termios.TCSANOW, settings)
     if log is not None:
-        log.parent.mkdir(parents=True, exist_ok=True)
+        os.close(_open_log(log))  # tee would go on without it
     # What asks a run to stop may ask all of its processes; the last words are still to be heard.
     script = 'trap "" HUP INT TERM USR1 USR2; exec tee "$@"'
     files = [] if log is None else [str(log)]

@@ -14,7 +14,6 @@ def rank(who: int, **state: Any) -> Rank:
     one, other = socket.socketpair()
     other.close()
     line = Line(one)
-    line.close()
     known = {"iteration": 7, "doing": "", "call": "", "number": 0, "size": 0, "since": 0.0}
     return Rank(who, "alpha", 100 + who, line, 0.0, {**known, "waiting": False, **state})
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import signal
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.clusters.cluster import Cluster
 from tests.clusters.packages import NoCluster
+from tests.clusters.training import Training
 
 _HERE = Path(__file__).parent
 
@@ -28,3 +32,23 @@ def cluster() -> Iterator[Cluster]:
         pytest.exit(f"error: no cluster can be made here: {error}", returncode=1)
     with made:
         yield made
+
+
+@pytest.fixture
+def train(cluster: Cluster) -> Iterator[Callable[..., Training]]:
+    """train(name, *arguments, **values) begins a Training, which does not outlive the test."""
+    runs = []
+
+    def begin(name: str, *arguments: str, **values: Any) -> Training:
+        runs.append(Training(cluster, name, *arguments, **values))
+        return runs[-1]
+
+    yield begin
+    cluster.restore("beta")
+    for run in runs:
+        if run.process.poll() is None:
+            cluster["alpha"].signal(run.process, signal.SIGINT)
+            try:
+                run.process.wait(30)
+            except subprocess.TimeoutExpired:
+                cluster["alpha"].signal(run.process, signal.SIGKILL)

@@ -54,7 +54,7 @@ class Training:
         return self.process.wait(seconds)
 
     def processes(self) -> dict[str, int]:
-        """The run's processes that live, by their names: "neox rank 0", "neox keeper 0"."""
+        """The run's processes that live, by their names: "neox-rank-0", "neox-keeper-0"."""
         found = {}
         for place in Path("/proc").glob("[0-9]*"):
             try:
@@ -65,7 +65,7 @@ class Training:
         return found
 
     def signal_rank(self, rank: int, number: signal.Signals) -> int:
-        pid = self.processes()[f"neox rank {rank}"]
+        pid = self.processes()[f"neox-rank-{rank}"]
         os.kill(pid, number)
         return pid
 
@@ -139,7 +139,7 @@ def test_whoever_is_killed_takes_all_with_it(train: Callable[..., Training], who
             assert time.monotonic() < deadline, (run.processes(), run.run_folders())
             time.sleep(0.05)
         return
-    os.kill(run.processes()["neox keeper 1"], signal.SIGKILL)
+    os.kill(run.processes()["neox-keeper-1"], signal.SIGKILL)
     assert run.end(30) == 137
     assert re.match(r"error: rank 1 \(pid \d+\) was killed, and its keeper with it", run.stderr)
     assert "Traceback" not in run.stderr
