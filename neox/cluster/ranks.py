@@ -45,7 +45,7 @@ class Rank:
     unwell: float | None = None  # since when something is known to be wrong
     stacks: str | None = None
     asked: int = 0  # the signal by which somebody asked this rank alone to stop
-    is_orphan: bool = False  # what started it on its host has ended
+    orphan: float | None = None  # since when what started it on its host is gone
     address: str = ""
 
     @property
@@ -93,6 +93,7 @@ class Ranks:
         self.listeners, self.address = listen(hosts)
         self.known: dict[int, Rank] = {}
         self.asked: list[int] = []  # signals that ranks or keepers got from somebody
+        self.asked_at: float | None = None  # when the first of them came
         self.first: float | None = None  # when the first rank reported
         self._strangers: list[_Stranger] = []
         self.stood_still = 0.0  # seconds that this process did not run, if too many
@@ -232,7 +233,8 @@ class Ranks:
         elif "asked" in message:
             rank.asked = int(message["asked"])
             self.asked.append(rank.asked)
+            self.asked_at = self.asked_at or rank.heard
         elif "orphan" in message:
-            rank.is_orphan = True
+            rank.orphan = rank.heard
         elif "stacks" in message:
             rank.stacks = str(message["stacks"])

@@ -27,6 +27,8 @@ from neox.cluster.verdict import Outcome, Verdict
 TICK_S = 0.2
 SETTLE_S = 0.5  # after the first failure, for a lower rank's error or an earlier death to show
 GRACE_S = 3.0  # between asking processes to end, telling them, and making them
+HEARSAY_S = 1.0  # for keepers, which look twice a second, to tell that their launcher is gone
+LOSS_S = 10.0  # between that and what the launcher does about it on other hosts
 STACKS_S = 3.0  # for a rank to show its Python stacks
 
 
@@ -166,7 +168,7 @@ class _Watch:
             elif self.failed is None:
                 self.failed = now
                 self.ranks.beat()
-            if not stop and self.failed is None and self.ranks.asked:
+            if not stop and self.failed is None and self._are_asked(now):
                 stop.add(self.ranks.asked[0])
             if stop and not self.stop.goes_on(stop):
                 return Outcome(128 + stop.first, f"stopped by {signal.Signals(stop.first).name}")
@@ -174,11 +176,25 @@ class _Watch:
                 verdict = self._verdict()
                 if verdict.cut_off:
                     stop.forget()  # it was the launcher that asked
+                elif number := verdict.ended_by_request:
+                    return Outcome(128 + number, f"stopped by {signal.Signals(number).name}")
                 return verdict.failure(now, self.launcher.returncode)
             if hung := self._hung():
                 return self._hang(hung)
             if self.failed is None and (missing := self.arrival.trouble(now)):
                 return self._verdict().missing(missing)
+
+    def _are_asked(self, now: float) -> bool:
+        """Whether somebody has asked ranks themselves to stop.
+
+        So does a launcher that has lost its process on a host, whose ranks tell of that, and then
+        it kills them: that is a failure.
+        """
+        asked = self.ranks.asked_at
+        if asked is None or now < asked + HEARSAY_S:
+            return False
+        orphans = [rank.orphan for rank in self.ranks.sorted() if rank.orphan is not None]
+        return not any(abs(asked - since) < LOSS_S for since in orphans)
 
     def _is_settled(self, now: float) -> bool:
         """Whether every rank has said how it is since the first sign of a failure.

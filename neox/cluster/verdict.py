@@ -80,7 +80,17 @@ class Verdict:
         ended = [rank for rank in self.known if rank.is_over and not rank.is_done]
         if not ended or not all(rank.asked for rank in ended):
             return []
-        return [rank for rank in self.known if rank.is_orphan and not rank.is_over]
+        return [rank for rank in self.known if rank.orphan and not rank.is_over]
+
+    @property
+    def ended_by_request(self) -> int:
+        """The signal that somebody sent to the ranks that have ended, if they died of it; else 0.
+
+        They do where there is no step to end after.
+        """
+        ended = [rank for rank in self.known if rank.is_over and not rank.is_done]
+        died_of_it = all(rank.asked and rank.code == -rank.asked for rank in ended)
+        return ended[0].asked if ended and died_of_it else 0
 
     def outcome(self, status: int, reason: str, detail: str = "", **facts: Any) -> Outcome:
         iteration = max((rank.state.get("iteration", 0) for rank in self.known), default=0)
