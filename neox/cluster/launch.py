@@ -30,7 +30,7 @@ from neox.cluster.hosts import (
 from neox.cluster.place import FIRST_PORT, INHERITED, LAST_PORT, Place, Started
 from neox.cluster.preflight import check_hosts
 from neox.cluster.restarts import run
-from neox.cluster.run_folder import Job, RunFolder
+from neox.cluster.run_folder import Job, RunFolder, log_of, open_log
 from neox.cluster.runners import (
     SSH_LAUNCHERS,
     WORKER,
@@ -209,8 +209,11 @@ def run_started(
         master_port=port,
         host=socket.gethostname(),
     )
-    if started.place.rank > 0:  # the console is rank 0's; errors are everybody's
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    rank = started.place.rank
+    if rank > 0:  # the console is rank 0's; errors are everybody's
+        log_dir = config.log_dir
+        kept = open_log(log_of(log_dir, rank, job.host)) if log_dir else None
+        os.dup2(os.open(os.devnull, os.O_WRONLY) if kept is None else kept, 1)
     return _run_in_place(job, config, started.place)
 
 

@@ -116,7 +116,7 @@ class RunFolder:
         """Of a rank on `host`."""
         if self.job.log_dir is None:
             return self.path / f"rank_{rank}.log"
-        return Path(self.job.log_dir) / f"{host}_rank_{rank}.log"
+        return log_of(self.job.log_dir, rank, host)
 
     @cached_property
     def job(self) -> Job:
@@ -154,3 +154,16 @@ def claim_interrupts(claimed: bool) -> None:
     if RUN_FOLDER in os.environ:
         file = Path(os.environ[RUN_FOLDER]) / _CLAIMED
         file.touch() if claimed else file.unlink(missing_ok=True)
+
+
+def log_of(log_dir: str, rank: int, host: str) -> Path:
+    return Path(log_dir) / f"{host}_rank_{rank}.log"
+
+
+def open_log(log: Path) -> int:
+    """An empty log to write to, as a file descriptor. Raises ConfigError."""
+    try:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        return os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    except OSError as error:
+        raise ConfigError(f"log_dir: {log} cannot be written: {error.strerror}.") from error

@@ -23,9 +23,9 @@ from neox.cluster import processes
 from neox.cluster.execute import execute, prepare_environment
 from neox.cluster.keeper import Keeper
 from neox.cluster.place import Place, find_rank
-from neox.cluster.run_folder import End, Job, RunFolder
+from neox.cluster.run_folder import End, Job, RunFolder, open_log
 from neox.config import NeoXConfig
-from neox.errors import ConfigError, NeoXError
+from neox.errors import NeoXError
 
 # How long a failed rank waits for the launcher to have read its last words and to end the job. Were
 # it to leave at once, its peers would fail too, with errors that only distract from the first one.
@@ -117,18 +117,10 @@ def _find_place(job: Job) -> Place:
 
 def _speak_into(log: Path) -> None:
     """Only rank 0 has the console; what the others print is kept for the case that they fail."""
-    file = _open_log(log)
+    file = open_log(log)
     null = os.open(os.devnull, os.O_RDONLY)
     for source, target in ((null, 0), (file, 1), (file, 2)):
         os.dup2(source, target)
-
-
-def _open_log(log: Path) -> int:
-    try:
-        log.parent.mkdir(parents=True, exist_ok=True)
-        return os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-    except OSError as error:
-        raise ConfigError(f"log_dir: {log} cannot be written: {error.strerror}.") from error
 
 
 def _speak_through_launcher(log: Path | None) -> None:
@@ -142,7 +134,7 @@ def _speak_through_launcher(log: Path | None) -> None:
         settings[1] &= ~termios.OPOST  # or lines would end in \r\n
         termios.tcsetattr(1, termios.TCSANOW, settings)
     if log is not None:
-        os.close(_open_log(log))  # tee would go on without it
+        os.close(open_log(log))  # tee would go on without it
     # What asks a run to stop may ask all of its processes; the last words are still to be heard.
     script = 'trap "" HUP INT TERM USR1 USR2; exec tee "$@"'
     files = [] if log is None else [str(log)]

@@ -159,6 +159,8 @@ def test_srun_may_start_the_ranks_itself(
     printed = (folder / "batch.txt").read_text()
     assert done.returncode == 0, printed
     assert losses(folder / "inside") == pytest.approx(one_host, abs=1e-6), printed
+    logs = sorted(path.name for path in (folder / "inside").glob("*.log"))
+    assert logs == ["alpha_rank_1.log", "beta_rank_2.log", "beta_rank_3.log"]
     assert losses(folder / "around") == pytest.approx(one_host, abs=1e-6), printed
     assert sum("| iteration " in line for line in printed.splitlines()) == 2 * ITERATIONS
 
