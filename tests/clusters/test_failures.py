@@ -11,7 +11,7 @@ import pytest
 
 from tests.clusters.cluster import Cluster
 from tests.clusters.model import losses
-from tests.clusters.training import LAUNCHERS, LONG, PATIENCE_S, Training
+from tests.clusters.training import LONG, PATIENCE_S, Training
 
 Train = Callable[..., Training]
 # Each launcher's own process on a host that is not deepy.py's.
@@ -19,7 +19,7 @@ PARTS = {"pdsh": r"\S*python\S* -m deepspeed", "openmpi": r"\S*orted ", "mpich":
 PROGRAMS = {"pdsh": r"\S*pdsh ", "slurm": r"\S*srun ", "openmpi": r"\S*mpirun", "mpich": r"\S*mpi"}
 
 
-@pytest.mark.parametrize("launcher", ["pdsh", "slurm", "openmpi"])
+@pytest.mark.parametrize("launcher", ["pdsh", "openmpi", "mpich"])
 def test_a_cut_network_ends_the_run_on_both_sides(
     cluster: Cluster, train: Train, launcher: str
 ) -> None:
@@ -32,7 +32,7 @@ def test_a_cut_network_ends_the_run_on_both_sides(
     run.assert_nothing_left()  # beta's end by themselves
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize("launcher", ["pdsh", "slurm"])
 def test_a_host_whose_processes_are_killed_is_named(
     cluster: Cluster, train: Train, launcher: str
 ) -> None:
@@ -45,7 +45,7 @@ def test_a_host_whose_processes_are_killed_is_named(
     run.assert_nothing_left()
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize("launcher", ["slurm", "openmpi"])
 def test_a_stopped_rank_is_named(cluster: Cluster, train: Train, launcher: str) -> None:
     run = train(f"stopped_{launcher}", launcher=launcher, train_iters=LONG)
     run.wait_for(r"iteration +3/")
@@ -66,7 +66,7 @@ def test_a_stopped_keeper_is_no_lost_host(cluster: Cluster, train: Train) -> Non
     run.assert_nothing_left()
 
 
-@pytest.mark.parametrize("launcher", ["pdsh", "openmpi"])
+@pytest.mark.parametrize("launcher", ["openmpi"])
 def test_a_full_disk_is_named_with_its_host(cluster: Cluster, train: Train, launcher: str) -> None:
     save = cluster.folder / f"beta_disk_{launcher}"
     save.mkdir()
@@ -171,7 +171,8 @@ def test_a_host_that_takes_no_ssh_is_named(cluster: Cluster, train: Train) -> No
     run.assert_nothing_left()
 
 
-RESTARTS = [("cut", "mpich"), ("cut", "slurm"), ("kill", "openmpi"), ("stop", "pdsh")]
+# What does not need a restart is above; each costs two starts.
+RESTARTS = [("cut", "slurm"), ("kill", "openmpi"), ("stop", "mpich")]
 
 
 @pytest.mark.parametrize(("fault", "launcher"), RESTARTS)

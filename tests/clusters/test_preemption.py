@@ -39,7 +39,7 @@ def test_all_hosts_stop_after_the_same_step(
     run.assert_nothing_left()
 
 
-@pytest.mark.parametrize("name", ["USR1", "TERM"])
+@pytest.mark.parametrize("name", ["TERM"])
 def test_slurm_asks_the_ranks_of_its_job(
     cluster: Cluster, train: Callable[..., Training], name: str
 ) -> None:
