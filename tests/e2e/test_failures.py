@@ -152,7 +152,7 @@ def test_a_hang_is_told_by_its_stack(train: Callable[..., Training], tmp_path: P
     (folder / "sitecustomize.py").write_text(HANG)
     os.environ["PYTHONPATH"] = str(folder)
     try:
-        run = train("run", 2, LONG, "--set", "watchdog_timeout=15")
+        run = train("run", 2, LONG, "--set", "watchdog_timeout=30")
     finally:
         del os.environ["PYTHONPATH"]
     assert run.end() == 1
