@@ -11,6 +11,7 @@ from pathlib import Path
 
 from neox.cluster.run_folder import RUN_FOLDER
 
+KEEPER = "neox-keeper-"  # how its process's name begins
 _DAEMONS = ("orted", "prted", "hydra_pmi_proxy")  # Open MPI's, and hydra's
 _PR_SET_PDEATHSIG, _PR_SET_NAME = 1, 15
 
@@ -34,9 +35,12 @@ def of_run(folder: Path) -> list[int]:
 
 
 def kill_run(folder: Path, but: Container[int] = ()) -> None:
-    """Kill at once every process of the run on this host, except `but`."""
+    """Kill at once every process of the run on this host, except `but` and keepers that run.
+
+    Those are about to do the same: two that killed each other would leave the work undone.
+    """
     for pid in of_run(folder):
-        if pid not in but:
+        if pid not in but and not (_name(pid).startswith(KEEPER) and state(pid) != "T"):
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)
 
@@ -46,9 +50,16 @@ def kill_daemon(pid: int) -> None:
 
     It would end with mpirun, but for a network that is cut or a SIGSTOP.
     """
-    with contextlib.suppress(OSError):
-        if Path(f"/proc/{pid}/comm").read_text().strip() in _DAEMONS:
+    if _name(pid) in _DAEMONS:
+        with contextlib.suppress(OSError):
             os.kill(pid, signal.SIGKILL)
+
+
+def _name(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    except OSError:
+        return ""
 
 
 def state(pid: int) -> str:

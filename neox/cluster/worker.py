@@ -47,7 +47,7 @@ def main() -> None:
     pid = os.fork()  # nothing large is imported yet, and there is one thread
     if pid:
         os.close(mouth)
-        processes.name_process(f"neox-keeper-{place.rank}")
+        processes.name_process(f"{processes.KEEPER}{place.rank}")
         status = Keeper(folder, place.rank, pid, page, words, stacks).run()
         os._exit(status)
     processes.die_with_parent(keeper)
