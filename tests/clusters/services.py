@@ -138,7 +138,7 @@ def start(hosts: Iterable[Host]) -> None:
     for host in hosts:
         running = " ".join(host.processes().values())
         for name, command in daemons.items():
-            if name in running or (name == "slurmctld" and host is not hosts[0]):
+            if command[0] in running or (name == "slurmctld" and host is not hosts[0]):
                 continue
             done = host.run(command)
             if done.returncode:
