@@ -9,6 +9,7 @@ the server has not got it.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import math
@@ -129,12 +130,14 @@ class WandbRun:
                     self._tell(row)
                 bar.update(1)
         if is_continued and self._run.offline:
-            for folder in (self._folder / "wandb").glob(f"offline-run-*-{self._id}"):
-                if folder.resolve() != Path(self._run.dir).resolve().parent:
-                    for file in folder.glob("*.wandb"):
-                        file.unlink()
+            # Found by their files: the folder of a second run in one second has a name in `-1`.
+            own = Path(self._run.dir).resolve().parent
+            name = glob.escape(f"run-{self._id}.wandb")
+            for file in (self._folder / "wandb").glob(f"offline-run-*/{name}"):
+                if file.parent.resolve() != own:
+                    file.unlink()
                     # The service of a run that was just killed may still be writing its notes here.
-                    shutil.rmtree(folder, ignore_errors=True)
+                    shutil.rmtree(file.parent, ignore_errors=True)
         return journal
 
     def _tell(self, row: Row) -> None:

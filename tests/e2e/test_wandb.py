@@ -83,6 +83,8 @@ def test_a_killed_and_resumed_run_is_one_run(world: World, folder: Path) -> None
 def test_a_run_that_begins_anew_is_another_run(world: World, folder: Path) -> None:
     lives(world, folder, 2)
     (first,) = folder.rglob("*.wandb")
+    # As W&B names the folder of a run that is the second with its id in a second.
+    first.parent.rename(first.parent.with_name(f"{first.parent.name}-1"))
     lives(world, folder)  # nothing left to train: still the first one
     (again,) = folder.rglob("*.wandb")
     assert again.name == first.name
