@@ -35,7 +35,7 @@ class Answer:
         self.generator = torch.Generator().manual_seed(request.seed % 2**64)
         self.ends = sorted({tokenizer.eod, *request.ends})
         self._most = min(request.maximum_tokens, max_length - len(request.prompt))
-        self._detokenizer = StreamingDetokenizer(tokenizer)
+        self._detokenizer = StreamingDetokenizer(tokenizer, request.prompt)
         self._stops = StopStrings(request.stop)
 
     @property

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from neox.tokenizer import Tokenizer
 
 REPLACEMENT = "\ufffd"  # what an incomplete UTF-8 sequence decodes to
+_CONTEXT = 8  # tokens of what came before: a character has 4 at most
 
 
 class StreamingDetokenizer:
@@ -13,12 +16,16 @@ class StreamingDetokenizer:
     A byte-level token may end inside a character; its piece is then held back until the rest has
     come. Only the tokens since the last two complete pieces are decoded again, so a long text does
     not get slower; the older of the two pieces is context, because some tokenizers write a token
-    differently at the start of a text.
+    differently at the start of a text. So is the end of what the tokens follow, `before`, say a
+    prompt: its text and the pieces add up to the text of both. Only where it ends inside a
+    character the tokens stand alone.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, before: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
-        self._context: list[int] = []
+        self._context = list(before[-_CONTEXT:])
+        if tokenizer.detokenize(self._context).endswith(REPLACEMENT):
+            self._context = []
         self._pending: list[int] = []
 
     def push(self, token: int) -> str:

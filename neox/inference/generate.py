@@ -104,6 +104,7 @@ class _Completion:
     context: str
     problem: str | None  # why nothing can
     tokens: list[int] = field(default_factory=list)
+    text: str = ""
     logits: list[Tensor] = field(default_factory=list)
     finish: str | None = None
     message: str | None = None
@@ -115,6 +116,7 @@ class _Completion:
 
     def take(self, progress: Progress) -> None:
         self.tokens += progress.tokens
+        self.text += progress.text
         if progress.logits_TV is not None:
             self.logits.append(progress.logits_TV)
         self.finish, self.message = progress.finish, progress.message
@@ -139,7 +141,7 @@ def completions(
     Yields, in order and the same on every rank, the results that files hold:
 
     length: tokens generated, without the end-of-document token that sets `finished`.
-    text: their text; None when there are none.
+    text: their text, as it stands behind the prompt's; None when there are none.
     message: None, or why the result is not what was asked for.
     duration_seconds: from when there was room for it beside others.
     logits: only with return_logits. maximum_tokens rows of the padded vocabulary's size: the fp32
@@ -166,12 +168,12 @@ def completions(
         if completion.finish == "error":
             raise CheckpointError(completion.message)
         advance(config.maximum_tokens - len(completion.tokens) - (completion.finish == "stop"))
-        yield _result(model, tokenizer, config, completion)
+        yield _result(model, config, completion)
         completion.logits.clear()
 
 
 def _result(
-    model: InferenceModel, tokenizer: Tokenizer, config: NeoXConfig, completion: _Completion
+    model: InferenceModel, config: NeoXConfig, completion: _Completion
 ) -> dict[str, Any]:
     tokens = completion.tokens
     message = None
@@ -181,7 +183,7 @@ def _result(
         message = NOT_STARTED
     result: dict[str, Any] = {
         "context": completion.context,
-        "text": tokenizer.detokenize(tokens) if tokens else None,
+        "text": completion.text if tokens else None,
         "length": len(tokens),
         "finished": completion.finish == "stop",
         "message": message,

@@ -119,7 +119,7 @@ def answer(
     `terminal` is None on every rank but 0, and there too if there is none.
     """
     _say(model.groups, "Generated Text: ")
-    detokenizer = StreamingDetokenizer(tokenizer)
+    detokenizer = StreamingDetokenizer(tokenizer, turn.prompt)
     pace = Pace()
     asked = len(turn.prompt) + turn.config.maximum_tokens
     end = "maximum_tokens" if asked <= turn.config.seq_length else "seq_length"

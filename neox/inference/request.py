@@ -69,7 +69,7 @@ class Progress:
     tokens: that were chosen. The one that ended the answer is the last of them, and so are those
         of a stop string.
     text: what is new and will stay: never half a character, nothing of a stop string. All texts
-        of an answer make its text.
+        of an answer make its text, as it stands behind the prompt's: it may begin with a space.
     logprobs: one for each of `tokens`, if asked for.
     message: what is wrong, and what to do, with the finish `error`.
     logits_TV: float32, for each of `tokens`, over the padded vocabulary, if asked for; on the rank

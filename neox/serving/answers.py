@@ -6,7 +6,7 @@ import json
 import math
 import secrets
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -25,8 +25,9 @@ _UNLIKELY = -9999.0  # OpenAI's minus infinity, which JSON does not have
 class Offsets:
     """Where each token's text begins, in characters."""
 
-    def __init__(self, tokenizer: Tokenizer, start: int) -> None:
-        self._detokenizer = StreamingDetokenizer(tokenizer)
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], start: int) -> None:
+        """start: characters of the prompt's text."""
+        self._detokenizer = StreamingDetokenizer(tokenizer, prompt)
         self._at = start
 
     def push(self, token: int) -> int:

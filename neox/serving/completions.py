@@ -90,8 +90,8 @@ class CompletionJob(Job):
         self.texts = _prompt_texts(service, body, prompts)
         self.echo = bool(body.echo)
         self.offsets = [
-            answers.Offsets(service.tokenizer, len(self.texts[index // self.n]))
-            for index in range(len(requests))
+            answers.Offsets(service.tokenizer, request.prompt, len(self.texts[index // self.n]))
+            for index, request in enumerate(requests)
         ]
 
     def logprobs(self, index: int, progress: Progress) -> dict[str, Any]:

@@ -40,7 +40,7 @@ class ByteTokenizer:
         return list(text.encode())
 
     def detokenize(self, ids: Sequence[int]) -> str:
-        return bytes(ids).decode(errors="replace")
+        return bytes(i for i in ids if i < 256).decode(errors="replace")
 
 
 def mixed(history: list[int]) -> Tensor:

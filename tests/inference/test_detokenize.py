@@ -52,3 +52,17 @@ class WordTokenizer:
 @pytest.mark.parametrize("tokens", [[1, 2, 3, 1], [0, 1, 0, 0, 2, 3], [3, 1, 0]])
 def test_spaces_between_words_survive(tokens):
     assert "".join(pieces(WordTokenizer(), tokens)) == WordTokenizer().detokenize(tokens)
+
+
+@pytest.mark.parametrize("before", [[1], [1, 2, 3] * 5, [3, 0, 0], [0]])
+@pytest.mark.parametrize("tokens", [[1, 2, 3, 1], [0, 2], [3]])
+def test_a_text_joins_what_it_follows(before, tokens):
+    tokenizer = WordTokenizer()
+    detokenizer = StreamingDetokenizer(tokenizer, before)
+    text = "".join(map(detokenizer.push, tokens)) + detokenizer.flush()
+    assert tokenizer.detokenize(before) + text == tokenizer.detokenize([*before, *tokens])
+
+
+def test_behind_half_a_character_tokens_stand_alone():
+    detokenizer = StreamingDetokenizer(ByteTokenizer(), "a🎈".encode()[:-1])
+    assert [detokenizer.push(token) for token in "🎈b".encode()[-2:]] == ["", "\ufffdb"]
