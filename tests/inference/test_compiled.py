@@ -61,8 +61,10 @@ def test_compiled_is_eager(kernels: str, storage: str, architecture: str) -> Non
 
 @pytest.mark.parametrize("storage", ["packed", "int8", "int4"])
 @pytest.mark.parametrize("compiled", [True, False])
-def test_rows_alone_are_rows_together(storage: str, compiled: bool) -> None:
-    model = small_model(GROUPS, storage, compile_decoding=compiled)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_rows_alone_are_rows_together(storage: str, compiled: bool, architecture: str) -> None:
+    values = {"compile_decoding": compiled, **ARCHITECTURES[architecture]}
+    model = small_model(GROUPS, storage, **values)
     assert torch.equal(decoded(model, together=True), decoded(model, together=False))
 
 
