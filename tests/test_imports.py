@@ -35,7 +35,6 @@ DOORS = {
     "megatron": ("neox.parallel", "neox.data"),
     "deepspeed": ("neox.engine",),
     "transformers": ("neox.checkpoint.hf", "neox.tokenizer.chat"),
-    "jinja2": ("neox.tokenizer.chat",),  # the errors of chat templates
     "safetensors": ("neox.checkpoint",),
     "xxhash": ("neox.checkpoint",),
     "tokenizers": ("neox.tokenizer",),

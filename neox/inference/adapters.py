@@ -16,7 +16,7 @@ from neox.config import NeoXConfig
 from neox.errors import CheckpointError, RequestError
 from neox.model.frozen import Frozen
 from neox.model.gpt import Layer
-from neox.model.lora import Adapter, attach
+from neox.model.lora import Adapter, attach, pack_adapters
 from neox.parallel.groups import ProcessGroups
 
 
@@ -73,9 +73,12 @@ class NamedAdapters:
         named: Mapping[str, Adapters],
         dtype: torch.dtype,
         groups: ProcessGroups,
+        *,
+        packs: bool = False,
     ) -> None:
         """Make each adapter's part of a layer, whose own weights are there and on their device.
 
+        packs: hold adapters packed, as those weights are.
         Not collective. Raises CheckpointError when one does not fit: see neox.checkpoint.peft.fill.
         """
         for name, adapters in named.items():
@@ -83,6 +86,8 @@ class NamedAdapters:
             with _telling(name):
                 fill(module, _adapted(layer, adapters, dtype, groups), adapters, groups)
             module.to(groups.device)
+            if packs:
+                pack_adapters(module)
             _take_off(changes)
             self._changes[name] += changes
 

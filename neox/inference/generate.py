@@ -172,9 +172,7 @@ def completions(
         completion.logits.clear()
 
 
-def _result(
-    model: InferenceModel, config: NeoXConfig, completion: _Completion
-) -> dict[str, Any]:
+def _result(model: InferenceModel, config: NeoXConfig, completion: _Completion) -> dict[str, Any]:
     tokens = completion.tokens
     message = None
     if completion.problem is not None:

@@ -26,6 +26,7 @@ from neox.kernels.library import library
 from neox.model.frozen import Frozen, Storage
 from neox.model.gpt import Layer, build_layers, layers, partition, torch_dtype
 from neox.model.layout import pad_vocab_size
+from neox.model.lora import pack_adapters
 from neox.parallel.groups import ProcessGroups
 
 
@@ -104,7 +105,9 @@ class Prepared:
                 if self.adapters is not None:
                     fill_adapters(module, layer, self.adapters, groups)
                 module.to(groups.device)
-                choice.add(module, layer, self.named, dtype, groups)
+                if self._packs:
+                    pack_adapters(module)
+                choice.add(module, layer, self.named, dtype, groups, packs=self._packs)
                 bar.update()
 
             stage = build_layers(wanted, fill)
@@ -112,6 +115,13 @@ class Prepared:
         if config.checkpoint_validation_with_forward_pass:
             verify(loaded, self.checkpoint.folder)
         return loaded
+
+    @property
+    def _packs(self) -> bool:
+        """Whether products are the kernels', and so adapters' are to be."""
+        held = storage(self.config, self.groups.device)
+        is_packed = self.groups.device.type == "cpu" and held in ("packed", "int8", "int4")
+        return is_packed and library() is not None
 
     def _frozen(self) -> Frozen | None:
         held = storage(self.config, self.groups.device)

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from neox.model.layout import Init, LayerLayout, ParamLayout, Split
+from neox.model.packed import Packed, pack
 from neox.model.shard import shard
 from neox.parallel.groups import ProcessGroups
 from neox.parallel.layers import copy_to_tensor_parallel, linear
@@ -68,7 +69,17 @@ class Adapter(nn.Module):
         return linear(self._drop(x), down) * self.scaling, up
 
     def forward(self, x: Tensor) -> Tensor:
+        down, up = self.lora_A, self.lora_B
+        if isinstance(down, Packed) and isinstance(up, Packed):
+            return up.multiply(down.multiply(x) * self.scaling)
         return linear(*self.low_rank(x))
+
+    def pack(self) -> None:
+        """Compute by packed weights, for inference in float32: rows then depend on no other."""
+        for name in ("lora_A", "lora_B"):
+            weight = getattr(self, name)
+            delattr(self, name)
+            setattr(self, name, pack(weight.detach(), 32))
 
     def _drop(self, x: Tensor) -> Tensor:
         if not (self.dropout and self.training):
@@ -112,6 +123,13 @@ def attach(
         owner, base = module.get_submodule(name), layout[f"{name}.weight"]
         rows, columns = base.shard_shape(groups.tp)
         owner.adapter = Adapter((rows, columns), base, spec, dtype, groups, streams)
+
+
+def pack_adapters(module: nn.Module) -> None:
+    """`Adapter.pack` of all that a layer has."""
+    for part in list(module.modules()):
+        if isinstance(part, Adapter):
+            part.pack()
 
 
 @torch.no_grad()

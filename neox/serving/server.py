@@ -65,7 +65,7 @@ def read_keys(file: str | None) -> list[str]:
     keys = [key.strip() for key in os.environ.get(KEYS, "").split(",")]
     if file is not None:
         try:
-            lines = Path(file).read_text(encoding="utf-8").splitlines()
+            lines = Path(file).read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"serve_api_keys_file {file} cannot be read: {error}") from error
         found = [line.strip() for line in lines if line.strip() and not line.startswith("#")]

@@ -240,6 +240,7 @@ STRICT = "{% if messages[0]['role'] != 'user' %}{{ raise_exception('user first')
             r'in\.jsonl:2: no key "conversation"; this line has: messages',
         ),
         (STRICT, {"conversation": CHAT}, r"jsonl:2: .* does not take these turns \(user first\)"),
+        ("{{ 1 // 0 }}", {"conversation": CHAT}, "does not take these turns .integer division"),
         (FORGETFUL, {"conversation": CHAT}, r"in\.jsonl:2: .* writes the first 2 turns otherwise"),
     ],
 )

@@ -112,6 +112,15 @@ def test_answers_of_several_at_once_are_those_of_each_alone(folder: Path, storag
         assert_close(logits_of(served), logits_of(expected), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("storage", ["dense", "int8", "int4"])
+def test_an_answer_is_the_same_bits_in_any_company(folder: Path, storage: str) -> None:
+    model = with_both(folder, **STORAGES[storage])
+    together = in_a_decoder(model, requests())
+    for request, served in zip(requests(), together, strict=True):
+        [alone] = in_a_decoder(model, [request])
+        assert torch.equal(logits_of(served), logits_of(alone))
+
+
 def on_a_grid(rank: int, folder: Path, topology: Topology) -> dict[str | None, Tensor | None]:
     groups = initialize(topology, "gloo", torch.device("cpu"))
     grid = {"model_parallel_size": topology.tp, "pipe_parallel_size": topology.pp}

@@ -65,7 +65,7 @@ def test_keys_come_from_a_file_and_the_environment(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "keys"
-    file.write_text("# for the team\n one \n\ntwo\n")
+    file.write_text("\ufeff# for the team\n one \n\ntwo\n")  # as some editors begin a file
     monkeypatch.delenv("NEOX_API_KEYS", raising=False)
     assert read_keys(None) == []
     assert read_keys(str(file)) == ["one", "two"]
