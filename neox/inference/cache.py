@@ -6,11 +6,13 @@ that a row can hold, D head dimension.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
+from neox.errors import ConfigError
 from neox.model.cached_attention import LayerCache, Span
 
 
@@ -31,6 +33,7 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device | str,
     ) -> None:
+        """Raises ConfigError where there is not so much memory."""
         is_cpu = torch.device(device).type == "cpu"
         # Elsewhere graphs are made for few lengths, and a row has a position for passes that leave
         # it out: see GraphPass.
@@ -39,8 +42,16 @@ class KVCache:
         # On a CPU unset memory: the system hands out its pages as rows grow, and nothing is read
         # before it is written. Elsewhere what is masked is multiplied by 0, and has to be finite.
         allocate = torch.empty if is_cpu else torch.zeros
-        self.keys_LRKTD = allocate(shape, dtype=dtype, device=device)
-        self.values_LRKTD = allocate(shape, dtype=dtype, device=device)
+        try:
+            self.keys_LRKTD = allocate(shape, dtype=dtype, device=device)
+            self.values_LRKTD = allocate(shape, dtype=dtype, device=device)
+        except RuntimeError as error:  # a CPU's allocator has none of its own
+            size = 2 * math.prod(shape) * dtype.itemsize / 2**30
+            raise ConfigError(
+                f"the keys and values of {rows} rows of {max_length} tokens take {size:,.1f} GiB "
+                "in each process, more than there is: set fewer rows (serve_rows, "
+                "generate_batch_size or eval_batch_size) or fewer tokens"
+            ) from error
         self.rows = rows
         self.max_length = max_length
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from neox.errors import ConfigError
 from neox.inference.cache import KVCache
 from neox.model.cached_attention import Run, attend_by_runs, attend_cached, attend_together
 
@@ -105,3 +106,10 @@ def test_a_row_that_is_copied_and_one_that_is_erased():
     cache.erase(2)
     assert not cache.keys_LRKTD[:, 2].any() and not cache.values_LRKTD[:, 2].any()
     assert torch.equal(cache.keys_LRKTD[:, 1], before.keys_LRKTD[:, 1])
+
+
+def test_more_than_there_is_memory_for_is_refused():
+    with pytest.raises(
+        ConfigError, match=r"1000000000 rows of 100 tokens take .* GiB .*serve_rows"
+    ):
+        KVCache(4, 10**9, 6, 100, 9, torch.float32, "cpu")
