@@ -83,7 +83,7 @@ class CompletionRequest(Generation):
     echo: bool | None = False
     logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
     best_of: int | None = Field(None, ge=1, le=MOST_CHOICES, description="Only what n is.")
-    suffix: None = None
+    suffix: Literal[""] | None = None
 
 
 class TextPart(_Body):

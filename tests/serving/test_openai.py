@@ -240,6 +240,7 @@ def test_what_is_wrong_is_a_bad_request(client, values, param, words):
 def test_neutral_values_of_what_is_not_supported_are_fine(client):
     neutral = {"best_of": 1, "suffix": None, "presence_penalty": 0, "frequency_penalty": 0.0}
     assert complete(client, logit_bias={}, user="me", **neutral).choices[0].text == "abc"
+    assert complete(client, suffix="").choices[0].text == "abc"
 
 
 def test_other_errors_have_their_classes(client, server):
