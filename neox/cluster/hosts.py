@@ -128,7 +128,7 @@ def read_hostfile(path: Path) -> Slots:
         if _HOST.fullmatch(host) is None:
             raise ConfigError(
                 f"{path}:{number}: {host!r} is not the name or address of one host "
-                "(tools/hostfile.py writes node[01-12] out; users and ports belong in ~/.ssh/config)"
+                "(tools/hostfile.py writes node[01-12] out; users and ports go into ~/.ssh/config)"
             )
         if host in hosts:
             raise ConfigError(f"{path}:{number}: host {host} is listed twice")

@@ -41,7 +41,7 @@ def test_hosts_of_a_file_and_of_a_folder(
     assert list(find_hosts([], tmp_path / "folder", {})) == ["worker-0", "worker-1"]
     with pytest.raises(ConfigError, match="neither a file nor a folder"):
         find_hosts([], tmp_path / "none", {})
-    with pytest.raises(ConfigError, match="cannot be read as text: .*No such file"):
+    with pytest.raises(ConfigError, match=r"cannot be read as text: .*No such file"):
         find_hosts([], None, {"PBS_NODEFILE": str(tmp_path / "none")})
     (tmp_path / "list").write_text("# nobody\n")
     assert main(["--hosts", str(tmp_path / "list"), "--slots", "2"]) == 2
