@@ -12,12 +12,13 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from neox.cluster.hosts import slurm_hosts
+from neox.cluster.hosts import read_lines, slurm_hosts
 from neox.cluster.main import exit_status
 from neox.cluster.nodelist import expand
 from neox.errors import ConfigError
@@ -46,6 +47,8 @@ def _run(given: argparse.Namespace) -> int:
     if given.slots is not None and given.slots < 1:
         raise ConfigError(f"--slots is {given.slots}; a host has one or more")
     hosts = find_hosts(given.names, given.hosts, os.environ)
+    if not hosts:
+        raise ConfigError(f"{given.hosts or 'the job'} names no host")
     for host, slots in hosts.items():
         number = given.slots or slots
         if not number:
@@ -69,8 +72,8 @@ def find_hosts(
         return {host: int(n) for host, n in zip(words[::2], words[1::2], strict=True)}
     for variable in ("LSB_DJOB_HOSTFILE", "PBS_NODEFILE"):  # a line for each slot
         if variable in environ:
-            lines = Path(environ[variable]).read_text().split()
-            return {host: lines.count(host) for host in lines}
+            lines = read_lines(Path(environ[variable]))
+            return Counter(line.strip() for line in lines if line.strip())
     raise ConfigError(
         "no job of Slurm's, LSF's or PBS's is around this, and no host is named; "
         "try: tools/hostfile.py node[01-04] --slots 8"
@@ -82,7 +85,7 @@ def _read(path: Path) -> dict[str, int]:
         return {file.name: 0 for file in sorted(path.iterdir()) if not file.name.startswith("..")}
     if not path.is_file():
         raise ConfigError(f"--hosts {path} is neither a file nor a folder")
-    lines = [line.partition("#")[0].split() for line in path.read_text().splitlines()]
+    lines = [line.partition("#")[0].split() for line in read_lines(path)]
     return {host: 0 for words in lines if words for host in expand(words[0])}
 
 

@@ -8,8 +8,9 @@ import shlex
 from collections.abc import Mapping
 from pathlib import Path
 
-from neox.cluster.hosts import DRIVERS
+from neox.cluster.hosts import DRIVERS, read_lines
 from neox.cluster.run_folder import RUN_FOLDER, START
+from neox.errors import ConfigError
 
 # Settings of libraries, by how they begin, and what programs are found by. The rest of an
 # environment is about a session or a host.
@@ -24,25 +25,29 @@ _WANTED = re.compile(
     """,
     re.VERBOSE,
 )
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")  # a shell ends at the export of any other
 _OF_A_HOST = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", RUN_FOLDER)
 
 
 def for_other_hosts(environment: Mapping[str, str]) -> dict[str, str]:
     """What of `environment` every process of a run gets, and what a file ~/.deepspeed_env adds.
 
-    As with DeepSpeed, that file has lines NAME=VALUE, and DS_ENV_FILE names another.
+    As with DeepSpeed, that file has lines NAME=VALUE, and DS_ENV_FILE names another. Raises
+    ConfigError where that is not there.
     """
     chosen = {
         name: value
         for name, value in environment.items()
-        if _WANTED.fullmatch(name) and name not in _OF_A_HOST
+        if _WANTED.fullmatch(name) and name not in _OF_A_HOST and _NAME.fullmatch(name)
     }
-    path = Path(environment.get("DS_ENV_FILE") or Path.home() / ".deepspeed_env")
-    if path.is_file():
-        for line in path.read_text().splitlines():
-            name, equals, value = line.strip().partition("=")
-            if equals and name.strip().isidentifier():
-                chosen[name.strip()] = value.strip()
+    named = environment.get("DS_ENV_FILE")
+    path = Path(named or Path.home() / ".deepspeed_env")
+    if named and not path.is_file():
+        raise ConfigError(f"DS_ENV_FILE is {named}, which is not a file; name another, or unset it")
+    for line in read_lines(path) if path.is_file() else ():
+        name, equals, value = (part.strip() for part in line.partition("="))
+        if equals and _NAME.fullmatch(name):
+            chosen[name] = value
     return chosen
 
 
@@ -61,6 +66,6 @@ def write_start(folder: Path, environment: Mapping[str, str]) -> Path:
         'exec "$@"',
     ]
     path = folder / START
-    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-        file.write("\n".join(lines) + "\n")
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+        file.write(os.fsencode("\n".join(lines) + "\n"))  # of any bytes, as an environment is
     return path

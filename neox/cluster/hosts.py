@@ -79,6 +79,7 @@ def slurm_hosts(environ: Mapping[str, str]) -> Slots | None:
     """The hosts of the Slurm job around us, None outside of one.
 
     A host has as many slots as GPUs (--gpus-per-node, --gres), or else tasks (--ntasks-per-node).
+    Raises ConfigError for variables that do not fit each other.
     """
     if "SLURM_JOB_NODELIST" not in environ:
         return None
@@ -88,21 +89,47 @@ def slurm_hosts(environ: Mapping[str, str]) -> Slots | None:
     if gpus.isdigit() and int(gpus):
         slots = [int(gpus)] * len(names)
     else:
-        slots = counts(environ.get("SLURM_TASKS_PER_NODE", f"1(x{len(names)})"))
+        tasks = environ.get("SLURM_TASKS_PER_NODE", f"1(x{len(names)})")
+        slots = counts(tasks)
+        if len(slots) != len(names):  # as in a shell that is a step of the job
+            raise ConfigError(
+                f"SLURM_TASKS_PER_NODE is {tasks}, which is not of the {len(names)} hosts of "
+                f"SLURM_JOB_NODELIST, {environ['SLURM_JOB_NODELIST']}; ask Slurm for "
+                "--gpus-per-node, or name the hosts with -H"
+            )
     return {name: list(range(n)) for name, n in zip(names, slots, strict=True)}
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a text file of the user's. Raises ConfigError where it is none."""
+    try:
+        return path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read as text: {error}") from None
+
+
+# Launchers would take other letters for an option, a list, a port, or a command of the shell.
+_HOST = re.compile(r"[\w.:][\w.:-]*")
 
 
 def read_hostfile(path: Path) -> Slots:
     """Parse lines of `host slots=N`; # starts a comment."""
     hosts: Slots = {}
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
+    for number, line in enumerate(read_lines(path), start=1):
         text = line.partition("#")[0].strip()
         if not text:
             continue
-        match = re.fullmatch(r"(\S+)\s+slots=(\d+)", text)
+        match = re.fullmatch(r"(\S+)\s+slots=([0-9]{1,4})", text)
         if match is None:
-            raise ConfigError(f"{path}:{number}: {text!r} is not of the form 'host slots=N'")
+            raise ConfigError(
+                f"{path}:{number}: {text!r} is not of the form 'host slots=N', N up to 9999"
+            )
         host, slots = match[1], int(match[2])
+        if _HOST.fullmatch(host) is None:
+            raise ConfigError(
+                f"{path}:{number}: {host!r} is not the name or address of one host "
+                "(tools/hostfile.py writes node[01-12] out; users and ports go into ~/.ssh/config)"
+            )
         if host in hosts:
             raise ConfigError(f"{path}:{number}: host {host} is listed twice")
         hosts[host] = list(range(slots))
@@ -120,6 +147,7 @@ def select(
 
     Raises ConfigError for what is not there; `advice` is what to do about too few slots.
     """
+    hosts = {host: slots for host, slots in hosts.items() if slots}  # others can have no rank
     if config.include:
         wanted = _parse_filter("include", config.include, hosts)
         return {host: wanted[host] for host in hosts if host in wanted}

@@ -56,6 +56,6 @@ def _range(text: str, whole: str) -> list[str]:
     first, dash, last = text.partition("-")
     if not dash and text:
         return [text]
-    if not (first.isdigit() and last.isdigit() and int(first) <= int(last)):
+    if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last)):
         raise ConfigError(f"{whole!r}: {text!r} is not a range of numbers, such as 01-12")
     return [f"{number:0{len(first)}}" for number in range(int(first), int(last) + 1)]

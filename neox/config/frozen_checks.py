@@ -73,7 +73,7 @@ def _eight_bits_are_frozen(config: NeoXConfig) -> Findings:
         )
 
 
-@CHECKS.reading("lora", "zero_optimization", purposes=("train",))
+@CHECKS.reading("lora", "zero_optimization", purposes=("train", "plan"))
 def _frozen_weights_are_whole(config: NeoXConfig) -> Findings:
     if config.lora is not None and config.zero_stage == 3:
         yield (

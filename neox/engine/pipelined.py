@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -53,7 +53,7 @@ def build_pipelined(
     """The engine over this rank's stage. Collective over the world."""
     specs = [_spec(layer, fill) for layer in layers]
     recompute = Recompute(config, streams, region, groups)
-    _check_method(config.pipe_partition_method, specs)
+    _check_method(config.pipe_partition_method, layers)
     with contextlib.redirect_stdout(io.StringIO()):
         model = _Pipeline(
             specs,
@@ -94,12 +94,12 @@ def _begin_backward_with_the_loss(inner: Any) -> None:
     inner.module.loss_fn = loss_fn
 
 
-def _check_method(method: str, specs: list[Any]) -> None:
+def _check_method(method: str, layers: list[Layer]) -> None:
     """Raises ConfigError when a type:... matches no layer; case does not matter."""
     kind, _, pattern = method.partition(":")
     if kind.lower() != "type":
         return
-    names = dict.fromkeys(spec.typename.__name__ for spec in specs if isinstance(spec, LayerSpec))
+    names = dict.fromkeys(layer.kind.__name__ for layer in layers if layer.has_parameters)
     try:
         matches = any(re.search(pattern, name, re.IGNORECASE) for name in names)
     except re.error as error:
@@ -112,7 +112,11 @@ def _check_method(method: str, specs: list[Any]) -> None:
 
 
 def stage_ranges(config: NeoXConfig, layers: list[Layer]) -> list[range]:
-    """The layer indices of each stage, as PipelineModule finds them; nothing is built."""
+    """The layer indices of each stage, as PipelineModule finds them; nothing is built.
+
+    Raises ConfigError for a method that is none.
+    """
+    _check_method(config.pipe_partition_method, layers)
     kind, _, pattern = config.pipe_partition_method.partition(":")
     if kind.lower() == "uniform":
         bounds = partition_uniform(len(layers), config.pp)
@@ -132,11 +136,16 @@ def _check_stages(model: nn.Module, config: NeoXConfig, groups: ProcessGroups) -
     sizes = groups.gather(sum(parameter.requires_grad for parameter in model.parameters()))
     empty = {groups.topology.coordinate(rank).pp for rank, size in enumerate(sizes) if size == 0}
     if empty:
-        raise ConfigError(
-            f"pipe_partition_method: {config.pipe_partition_method} leaves "
-            f"{', '.join(f'stage {stage}' for stage in sorted(empty))} of {groups.pp} without "
-            "weights. Use type:transformer|mlp, or fewer stages (pipe_parallel_size)."
-        )
+        raise nothing_to_train(config, empty)
+
+
+def nothing_to_train(config: NeoXConfig, stages: Iterable[int]) -> ConfigError:
+    """What is said of stages that training cannot have."""
+    return ConfigError(
+        f"pipe_partition_method: {config.pipe_partition_method} leaves "
+        f"{', '.join(f'stage {stage}' for stage in sorted(stages))} of {config.pp} without weights "
+        "to train. Use type:transformer|mlp, or fewer stages (pipe_parallel_size)."
+    )
 
 
 def _even_out_norms(inner: Any, groups: ProcessGroups) -> None:
@@ -210,7 +219,9 @@ class _FilledTiedSpec(_Filled, TiedLayerSpec):
             layer.kind,
             *layer.args,
             forward_fn=layer.forward,
-            tied_weight_attr=["word_embeddings.weight"],
+            # Sent at the start, and their gradients summed. Frozen ones have none, are equal as
+            # they were loaded, and may be in 8 bits.
+            tied_weight_attr=[] if layer.frozen else ["word_embeddings.weight"],
         )
         self.layer, self.fill = layer, fill
 

@@ -73,6 +73,10 @@ def main(config: NeoXConfig, options: Options) -> None:
 
 def _plan(models: Models, config: NeoXConfig, cluster: Cluster | None, room: float) -> Plan:
     model = models.of(config)
+    if stages := model.untrained():
+        from neox.engine.pipelined import nothing_to_train  # with DeepSpeed
+
+        raise nothing_to_train(config, stages)
     rows = models.rows(config)
     done = work(model)
     return Plan(

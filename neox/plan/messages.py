@@ -108,8 +108,8 @@ def _between_replicas(model: PlannedModel, number: int, stage: range) -> Counted
     size = torch_dtype(config.dtype).itemsize
     if dp > 1 and (number == config.pp - 1):
         sent["all_reduce", "dp", 4] += 1  # the loss
-    if config.pp > 1 and not config.no_weight_tying and number in (0, config.pp - 1):
-        sent["all_reduce", "pp", _tied_bytes(model)] += 1
+    if config.pp > 1 and (tied := _tied_bytes(model)) and number in (0, config.pp - 1):
+        sent["all_reduce", "pp", tied] += 1
     if config.engine_zero_stage == 0 or has_bfloat16_optimizer(config):
         if dp > 1:
             size_sent = communication_dtype(config).itemsize
@@ -193,7 +193,11 @@ def _groups(model: PlannedModel, stage: range) -> list[list[int]]:
 
 
 def _tied_bytes(model: PlannedModel) -> int:
-    table = model.module(model.layers[0]).word_embeddings.weight
+    """Of the gradient of the weights that the first and the last stage share; 0 for none."""
+    first = model.layers[0]
+    if not first.tied or first.frozen:
+        return 0
+    table = model.module(first).word_embeddings.weight
     return int(table.numel()) * accumulation_dtype(model.config).itemsize
 
 

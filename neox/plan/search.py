@@ -132,6 +132,8 @@ def search(
     too_large: dict[tuple[int, int, bool], int] = {}
     for c in grids(config, devices):  # micro-batches grow
         key = (c.tp, c.pp, c.checkpoint_activations)
+        if models.of(c).untrained():
+            continue
         if key in too_large and c.gradient_accumulation_steps >= c.pp:
             # As many are in flight, of larger ones.
             found.append(Candidate(c, too_large[key], fits=False))

@@ -118,6 +118,14 @@ class PlannedModel:
 
         return stage_ranges(self.config, self.layers)
 
+    def untrained(self) -> list[int]:
+        """The numbers of stages in which nothing is trained: training refuses them."""
+        return [
+            number
+            for number, stage in enumerate(self.stages())
+            if not any(parameter.requires_grad for parameter in self.parameters(stage))
+        ]
+
     def chunks(self, stage: range) -> list[Chunk]:
         """How a stage is walked, but for the output projection: see the two engines."""
         mine = self.layers[stage.start : min(stage.stop, len(self.layers) - 1)]

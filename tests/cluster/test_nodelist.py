@@ -22,7 +22,9 @@ def test_lists_of_hosts(text: str, hosts: list[str]) -> None:
     assert expand(text) == hosts
 
 
-@pytest.mark.parametrize("text", ["", "a,", "n[1-3", "n1-3]", "n[[1]]", "n[3-1]", "n[a-b]", "n[]"])
+@pytest.mark.parametrize(
+    "text", ["", "a,", "n[1-3", "n1-3]", "n[[1]]", "n[3-1]", "n[a-b]", "n[]", "n[²-3]"]
+)
 def test_what_is_no_list_of_hosts(text: str) -> None:
     with pytest.raises(ConfigError, match="is not a"):
         expand(text)

@@ -171,12 +171,24 @@ def test_the_hostfile_may_come_from_the_environment(
         ("a slots=2\na slots=2\n", ":2: host a is listed twice"),
         ("# nothing\n\n", "lists no slots"),
         ("localhost slots=0\n", "lists no slots"),
+        ("a slots=10000\n", ":1: 'a slots=10000' is not of the form .* N up to 9999"),
+        ("-oProxyCommand=reboot slots=1\n", ":1: '-oProxyCommand=reboot' is not the name"),
+        ("n[1-2] slots=1\n", r"'n\[1-2\]' is not the name .* writes node\[01-12\] out"),
+        ("a,b slots=1\n", "'a,b' is not the name"),
+        ("me@a slots=1\n", "'me@a' is not the name"),
+        ("$(reboot) slots=1\n", "is not the name"),
+        ("# H\udcf6st\na slots=1\n", "hosts cannot be read as text: 'utf-8' codec"),
     ],
 )
 def test_a_broken_hostfile_is_explained(tmp_path: Path, text: str, message: str) -> None:
-    (tmp_path / "hosts").write_text(text)
+    (tmp_path / "hosts").write_text(text, errors="surrogateescape")
     with pytest.raises(ConfigError, match=message):
         read_hostfile(tmp_path / "hosts")
+
+
+def test_a_hostfile_of_another_system(tmp_path: Path) -> None:
+    (tmp_path / "hosts").write_text("\ufeffa.b slots=1\r\n\r\n10.0.0.1 slots=2 # two\r\n")
+    assert read_hostfile(tmp_path / "hosts") == {"a.b": [0], "10.0.0.1": [0, 1]}
 
 
 HOSTS = {"a": [0, 1, 2], "b": [0, 1, 2]}
@@ -212,6 +224,14 @@ def test_a_wrong_filter_is_explained(keys: dict[str, Any], message: str) -> None
         select(HOSTS, config(**keys))
 
 
+def test_a_host_without_slots_takes_no_part() -> None:
+    hosts = {"a": [], "b": [0]}  # its first would be told to the ranks as the host of rank 0
+    for keys in ({}, {"num_nodes": 1}, {"include": "b"}):
+        assert select(hosts, config(**keys)) == {"b": [0]}
+    with pytest.raises(ConfigError, match="there is no host a; there are b"):
+        select(hosts, config(include="a"))
+
+
 def test_no_visible_device_means_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert cuda_devices() == []
@@ -244,6 +264,13 @@ def test_the_hosts_of_a_slurm_job_are_its_nodes(monkeypatch: pytest.MonkeyPatch)
 )
 def test_a_slurm_node_has_as_many_slots_as_gpus_else_tasks(gpus: dict, slots: int) -> None:
     assert slurm_hosts(JOB | gpus) == {"n1": list(range(slots)), "n2": list(range(slots))}
+
+
+def test_a_step_that_tells_of_its_own_tasks_is_explained() -> None:
+    with pytest.raises(
+        ConfigError, match=r"SLURM_TASKS_PER_NODE is 1, .* the 2 hosts .* n\[1-2\];"
+    ):
+        slurm_hosts(JOB | {"SLURM_TASKS_PER_NODE": "1"})
 
 
 @pytest.mark.usefixtures("no_cuda")

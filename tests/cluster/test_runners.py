@@ -105,17 +105,24 @@ def test_other_hosts_get_what_a_run_needs(tmp_path: Path) -> None:
     needed |= {"DS_ENV_FILE": str(tmp_path / "more")}
     others = {"HOSTNAME": "h", "SSH_AUTH_SOCK": "s", "SLURM_PROCID": "0", "TMPDIR": "/scratch/1"}
     others |= {"CUDA_VISIBLE_DEVICES": "0", "RANK": "0", RUN_FOLDER: "another"}
+    others |= {"NEOX_A.B": "no name in a shell, which would end"}
     assert for_other_hosts(needed | others) == needed | {"EXTRA": "x=y"}
+    with pytest.raises(ConfigError, match="DS_ENV_FILE is /none, which is not a file"):
+        for_other_hosts({"DS_ENV_FILE": "/none"})
+    (tmp_path / "more").write_bytes(b"A=\xff\n")
+    with pytest.raises(ConfigError, match="more cannot be read as text"):
+        for_other_hosts(needed)
 
 
 def test_a_process_begins_in_this_folder_with_these_variables(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    value = 'it\'s "$HOME"\n`two` lines'
-    start = write_start(tmp_path, {"NEOX_X": value, "DS_ENV_FILE": "none"})
+    monkeypatch.setenv("HOME", str(tmp_path))
+    value = 'it\'s "$HOME"\n`two` lines, and \udcff, a byte that is no text'
+    start = write_start(tmp_path, {"NEOX_X": value})
     assert start.stat().st_mode & 0o777 == 0o600
     show = "import os; print([os.getcwd(), os.environ['NEOX_X'], os.environ['NEOX_RUN_FOLDER']])"
     words = ["/bin/sh", str(start), sys.executable, "-c", show]
     done = subprocess.run(words, cwd="/", capture_output=True, text=True, env=dict(os.environ))
-    assert done.stdout == f"{[str(tmp_path), value, str(tmp_path)]}\n"
+    assert done.stdout == f"{[str(tmp_path), value, str(tmp_path)]}\n", done.stderr

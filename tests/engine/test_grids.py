@@ -282,7 +282,7 @@ def build(rank: int, topology: Topology, values: Values) -> None:
     ("method", "message"),
     [
         ("type:nothing", r"type:nothing matches no layer\. .*Embedding, TransformerLayer"),
-        ("type:finalnorm", r"leaves stage 1 of 4 without weights\. Use type:transformer"),
+        ("type:finalnorm", r"leaves stage 1 of 4 without weights to train\. Use type:transformer"),
     ],
 )
 def test_a_partition_that_leaves_nothing(world: World, method: str, message: str) -> None:

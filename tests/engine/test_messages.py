@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from neox.checkpoint.neox import Checkpoint
 from neox.config import NeoXConfig
 from neox.engine.build import build_engine
 from neox.model.layout import LayerLayout
@@ -110,8 +112,9 @@ def step_messages(rank: int, cases: list[Case]) -> list[Messages]:
 def one_step(topology: Topology, values: dict[str, Any]) -> Messages:
     groups = initialize(topology, "gloo", torch.device("cpu"))
     config = configuration(topology, values)
+    checkpoint = Checkpoint.open(Path(config.load)) if config.load else None
     with recorded(groups) as messages:  # DeepSpeed takes some functions at its start
-        engine = build_engine(config, groups, VOCAB)
+        engine = build_engine(config, groups, VOCAB, checkpoint)
         source = batches(config, groups)
         engine.train_batch(source, 1, 0.01)
         messages.clear()

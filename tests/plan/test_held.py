@@ -76,6 +76,9 @@ ADAPTED: list[Case] = [
     (Topology(), LORA | {"load_in_8bit": True}),
     (Topology(tp=2), LORA | {"load_in_8bit": True}),
     (Topology(pp=2), LORA | BF16),
+    (Topology(pp=2), LORA | BF16 | TIED),
+    (Topology(pp=2), LORA | {"load_in_8bit": True} | TIED),
+    (Topology(dp=2), LORA | ZERO_2),
     (Topology(dp=2), {"lora": {"rank": 4, "biases": True, "norms": True}} | ZERO_1),
 ]
 
@@ -110,8 +113,13 @@ def test_what_is_offloaded(world: World) -> None:
 @pytest.mark.parametrize("size", [1, 2])
 def test_frozen_weights_and_adapters(world: World, size: int, tmp_path: Path) -> None:
     write_model(tmp_path, 1)
-    load = {"load": str(tmp_path / "global_step1"), "finetune": True}
-    check(world, size, [(grid, v | load) for grid, v in ADAPTED if grid.world_size == size])
+    write_model(tmp_path, 2, **TIED)
+    cases = [
+        (grid, v | {"load": str(tmp_path / f"global_step{2 if TIED.items() <= v.items() else 1}")})
+        for grid, v in ADAPTED
+        if grid.world_size == size
+    ]
+    check(world, size, [(grid, v | {"finetune": True}) for grid, v in cases])
 
 
 def check(world: World, size: int, cases: list[Case]) -> None:

@@ -142,3 +142,23 @@ def test_a_price_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 def test_flags_of_a_plan_are_no_others(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train.py", str(REPOSITORY / "configs/20B.yml"), "--search"]) == 2
     assert "--search is for plan.py" in capsys.readouterr().err
+
+
+def test_a_stage_with_nothing_to_train_is_refused_as_in_training(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config = config_on(2, lora={"rank": 4}, pipe_partition_method="type:finalnorm")
+    with planned_world():
+        assert {c.config.pp for c in search(Models(64, on_cpu=True), config, 2, PLENTY)} == {1}
+    command = ["plan.py", str(REPOSITORY / "configs" / "125M.yml"), "--devices", "2"]
+    command += ["--set", "pipe_parallel_size=2", "--set", "lora={rank: 4}"]
+    for method, said in (
+        ("type:finalnorm", "leaves stage 1 of 2 without weights to train. Use type:transformer"),
+        ("type:[", "type:[ is no pattern: unterminated character set"),
+        ("type:nothing", "matches no layer. The layers are Embedding, TransformerLayer"),
+    ):
+        assert main([*command, "--set", f"pipe_partition_method={method}"]) == 2
+        assert said in capsys.readouterr().err
+    sharded = ["pipe_parallel_size=0", "zero_optimization.stage=3"]
+    assert main([*command, *(word for value in sharded for word in ("--set", value))]) == 2
+    assert "zero_optimization.stage is 3, which shards" in capsys.readouterr().err

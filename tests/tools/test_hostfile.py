@@ -30,7 +30,9 @@ def test_jobs_tell_their_hosts(tmp_path: Path) -> None:
         find_hosts([], None, {})
 
 
-def test_hosts_of_a_file_and_of_a_folder(tmp_path: Path) -> None:
+def test_hosts_of_a_file_and_of_a_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "list").write_text("# ours\nw-[0-1]\nlast slots=4\n")
     assert list(find_hosts([], tmp_path / "list", {})) == ["w-0", "w-1", "last"]
     (tmp_path / "folder").mkdir()
@@ -39,3 +41,8 @@ def test_hosts_of_a_file_and_of_a_folder(tmp_path: Path) -> None:
     assert list(find_hosts([], tmp_path / "folder", {})) == ["worker-0", "worker-1"]
     with pytest.raises(ConfigError, match="neither a file nor a folder"):
         find_hosts([], tmp_path / "none", {})
+    with pytest.raises(ConfigError, match=r"cannot be read as text: .*No such file"):
+        find_hosts([], None, {"PBS_NODEFILE": str(tmp_path / "none")})
+    (tmp_path / "list").write_text("# nobody\n")
+    assert main(["--hosts", str(tmp_path / "list"), "--slots", "2"]) == 2
+    assert "list names no host" in capsys.readouterr().err
