@@ -75,6 +75,7 @@ def quiet_third_parties() -> None:
         "megatron",
         "transformers",
         "lm_eval",
+        "matplotlib",
         "datasets",
         "torch",
     ):

@@ -130,9 +130,8 @@ class Keeper:
         if not self.is_orphan and os.getppid() != self.launcher:
             self.is_orphan = True
             line.send(orphan=True)
-        for number in self.asked:
-            line.send(asked=number)
-        self.asked.clear()
+        while self.asked:  # one by one: a handler may add to it at any time
+            line.send(asked=self.asked.pop(0))
         if self.end is not None:
             line.send(end=self.end)
             self.end = None

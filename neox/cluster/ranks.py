@@ -105,6 +105,13 @@ class Ranks:
     def sorted(self) -> list[Rank]:
         return [rank for _, rank in sorted(self.known.items())]
 
+    @property
+    def are_done(self) -> bool:
+        """Whether all have reported and are done."""
+        return len(self.known) == self.world_size and all(
+            rank.is_done for rank in self.known.values()
+        )
+
     def close(self) -> None:
         for rank in self.known.values():
             rank.line.close()

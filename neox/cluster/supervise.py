@@ -67,7 +67,7 @@ def supervise(
             first = signal.SIGTERM if hosts else signal.SIGKILL
             _end_all(launcher, folder, ranks, stop, first, grace_s)
             ranks.close()
-    if stop and len(ranks.known) == world_size and all(r.is_done for r in ranks.known.values()):
+    if stop and ranks.are_done:
         return Outcome(0)
     if outcome.report:
         print(outcome.report, file=sys.stderr, flush=True)
@@ -156,9 +156,7 @@ class _Watch:
         while True:
             launcher_is_gone = self.launcher.poll() is not None
             self.ranks.look(0.02 if launcher_is_gone else TICK_S)
-            if len(self.ranks.known) == self.ranks.world_size and all(
-                rank.is_done for rank in self.ranks.sorted()
-            ):
+            if self.ranks.are_done:
                 return Outcome(0)
             now = time.monotonic()
             troubles = [rank.trouble(now) for rank in self.ranks.sorted()]

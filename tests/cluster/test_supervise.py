@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from neox.cluster.ranks import Rank, Trouble
 from neox.cluster.run_folder import Job, RunFolder
 from neox.cluster.supervise import supervise
 from neox.config import from_dict
@@ -21,7 +22,8 @@ REPOSITORY = Path(__file__).parents[2]
 
 # A launcher that looks after its one process once a second, as DeepSpeed's does. The process is a
 # keeper, and its child a rank that runs a test's body; `end(rank, status, ...)` are the last words
-# of any rank, whose keeper this process becomes for others than its own.
+# of any rank. Of others than its own this process becomes the keeper, at `meet(rank)` or else then.
+# It answers deepy.py, which waits for that, only once it has said them.
 LAUNCHER = """
 import dataclasses, json, mmap, os, signal, subprocess, sys, threading, time
 from pathlib import Path
@@ -32,7 +34,7 @@ from neox.cluster.run_folder import End, RunFolder
 
 folder = RunFolder(Path(sys.argv[1]))
 rank = int(sys.argv[2])
-lines = []
+lines = {}
 
 def answer(line):
     while line.is_open:
@@ -41,14 +43,17 @@ def answer(line):
                 line.send(state={"process": "S", "idle": 0.0})
         time.sleep(0.01)
 
+def meet(number):
+    lines[number] = connect(Address.read(folder.path), number, os.getpid())
+
 def end(number, status, **words):
     if number == rank:
         os.write(mouth, json.dumps(dataclasses.asdict(End(status, **words))).encode() + b"\\n")
         return
-    line = connect(Address.read(folder.path), number, os.getpid())
-    line.send(end=dataclasses.asdict(End(status, **words)))
-    lines.append(line)
-    threading.Thread(target=answer, args=(line,), daemon=True).start()
+    if number not in lines:
+        meet(number)
+    lines[number].send(end=dataclasses.asdict(End(status, **words)))
+    threading.Thread(target=answer, args=(lines[number],), daemon=True).start()
 
 supervisor = os.getppid()
 if os.fork():
@@ -126,6 +131,8 @@ def test_a_silent_death_outranks_the_errors_that_follow_from_it(
 
 def test_the_lowest_ranks_error_is_shown_and_once(run: Callable[..., tuple[int, str]]) -> None:
     body = """
+for number in (1, 2, 3):
+    meet(number)
 end(2, 2, error=True, message="two")
 end(1, 2, error=True, message="one")
 end(3, 1, message="Traceback")
@@ -134,9 +141,23 @@ time.sleep(60)
     assert run(body, 4) == (2, "error: one\n")
 
 
-def test_the_first_traceback_is_shown(run: Callable[..., tuple[int, str]]) -> None:
-    body = """
+def test_the_first_traceback_is_shown(
+    run: Callable[..., tuple[int, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noticed = tmp_path / "noticed"
+    trouble = Rank.trouble
+
+    def notice(rank: Rank, now: float) -> Trouble | None:
+        found = trouble(rank, now)
+        if rank.number == 1 and found:
+            noticed.touch()
+        return found
+
+    monkeypatch.setattr(Rank, "trouble", notice)
+    body = f"""
 end(1, 1, message="Traceback of the cause")
+while not os.path.exists({str(noticed)!r}):
+    time.sleep(0.01)
 end(0, 1, message="Traceback of the consequence")
 time.sleep(60)
 """

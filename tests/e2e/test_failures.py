@@ -152,7 +152,7 @@ def test_a_hang_is_told_by_its_stack(train: Callable[..., Training], tmp_path: P
     (folder / "sitecustomize.py").write_text(HANG)
     os.environ["PYTHONPATH"] = str(folder)
     try:
-        run = train("run", 2, LONG, "--set", "watchdog_timeout=30")
+        run = train("run", 2, LONG, "--set", "watchdog_timeout=15")
     finally:
         del os.environ["PYTHONPATH"]
     assert run.end() == 1
@@ -165,19 +165,30 @@ def test_a_hang_is_told_by_its_stack(train: Callable[..., Training], tmp_path: P
     run.assert_nothing_left()
 
 
-# Rank 1 falls asleep in its fourth step.
+# Rank 1 falls asleep in its fourth step. Before their first the ranks are seen to get on: how long
+# a busy machine takes to start them is not what is tested.
 HANG = """
 import os, sys, threading
 
 def dream():
     import neox.progress as progress
-    begin = progress.begin_step
+    begin, use = progress.begin_step, progress.use
+    has_started = threading.Event()
+    def get_on():
+        seconds = 0
+        while not has_started.wait(1):
+            seconds += 1
+            progress.do(f"starting for {seconds} s")
+    def use_and_get_on(page):
+        use(page)
+        threading.Thread(target=get_on, daemon=True).start()
     def begin_step(iteration):
+        has_started.set()
         begin(iteration)
         if iteration == 4 and os.environ.get("RANK") == "1":
             threading.Event().wait()
     begin_step.__code__ = begin_step.__code__.replace(co_name="dream")
-    progress.begin_step = begin_step
+    progress.begin_step, progress.use = begin_step, use_and_get_on
 
 if any("worker.py" in word for word in sys.orig_argv):
     sys.path.insert(0, os.environ["PYTHONPATH"].split(os.pathsep)[0])

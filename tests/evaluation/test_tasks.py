@@ -181,7 +181,7 @@ def test_offline_with_nothing_local_says_which_file_goes_where(tmp_path, with_fo
         env=environment,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
     )
     assert done.stderr == ""
     line, error = done.stdout.splitlines()
