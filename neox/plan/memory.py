@@ -43,6 +43,7 @@ def of_replica(model: PlannedModel, stage: range, dp_rank: int | None = None) ->
         model.held[key] = held(
             model.config,
             model.parameters(stage),
+            model.unreached(stage),
             model.buffer_bytes(stage),
             dp_rank,
             on_cpu=model.on_cpu,

@@ -118,7 +118,7 @@ def _between_replicas(model: PlannedModel, number: int, stage: range) -> Counted
         if parts > 1:
             sent["all_reduce", replica, 4] += 1
     else:
-        sent += _of_zero(model, stage, groups)
+        sent += _of_zero(model, stage)
         if parts > 1:
             sent["all_reduce", replica, 4] += _norms(model)
         if dp > 1:
@@ -134,7 +134,7 @@ def _norms(model: PlannedModel) -> int:
     return max(len(_groups(model, stage)) for stage in model.stages())
 
 
-def _of_zero(model: PlannedModel, stage: range, groups: Sequence[Sequence[int]]) -> Counted:
+def _of_zero(model: PlannedModel, stage: range) -> Counted:
     """The buckets in which ZeRO 1 and 2 reduce gradients."""
     config, sent = model.config, Counted()
     if config.dp == 1:
@@ -145,7 +145,8 @@ def _of_zero(model: PlannedModel, stage: range, groups: Sequence[Sequence[int]])
     # With the gradients cut, every micro-batch's are reduced.
     times = config.gradient_accumulation_steps if config.engine_zero_stage == 2 else 1
     limit = int(zero_setting(config, "reduce_bucket_size", _FALLBACK))
-    for numel in _buckets([n for group in groups for n in group], limit):
+    numels = [n for group in _groups(model, stage, reached=True) for n in group]
+    for numel in _buckets(numels, limit):
         sent["all_reduce", "dp", size * numel] += times
     return sent
 
@@ -187,8 +188,10 @@ def _fallback_buckets(numels: Sequence[int]) -> Iterator[int]:
         yield filled
 
 
-def _groups(model: PlannedModel, stage: range) -> list[list[int]]:
-    trained = [p for p in model.parameters(stage) if p.requires_grad]
+def _groups(model: PlannedModel, stage: range, *, reached: bool = False) -> list[list[int]]:
+    """Elements of what is trained, by optimizer group; only of what a gradient is `reached` by."""
+    without = {id(parameter) for parameter in model.unreached(stage)} if reached else set[int]()
+    trained = [p for p in model.parameters(stage) if p.requires_grad and id(p) not in without]
     return group_numels(model.config, trained)
 
 

@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import groupby
 from typing import Any
 
@@ -31,15 +32,19 @@ from neox.plan.trace import Traced, planned_groups, run
 
 @dataclass(frozen=True)
 class Chunk:
-    """Layers that are run together, and computed again together if `recomputed`."""
+    """Layers that are run together, and computed again together if `recomputed`.
+
+    Backward, the input of some needs no gradient: nothing before them is trained.
+    """
 
     layers: tuple[Layer, ...]
     recomputed: bool = False
+    input_has_gradient: bool = True
 
     @property
     def key(self) -> tuple[Any, ...]:
         """Equal for chunks that do the same."""
-        return tuple(layer.kind for layer in self.layers), self.recomputed
+        return tuple(layer.kind for layer in self.layers), self.recomputed, self.input_has_gradient
 
 
 class PlannedModel:
@@ -102,6 +107,17 @@ class PlannedModel:
         """
         return [p for layer in holders(self.layers, stage) for p in self.module(layer).parameters()]
 
+    def unreached(self, stage: range) -> list[nn.Parameter]:
+        """Those of a stage that count as trained and never have a gradient.
+
+        The last stage has its twin of a tied embedding with a table of positions.
+        """
+        head = self.layers[-1]
+        if head.tied is None or head.index not in stage or self.layers[0].index in stage:
+            return []
+        positions = self.module(head).position_embeddings
+        return [] if positions is None else [p for p in positions.parameters() if p.requires_grad]
+
     def buffer_bytes(self, stage: range) -> int:
         """Of a stage's weights that are no parameters: those of 8 bits."""
         modules = (self.module(layer) for layer in holders(self.layers, stage))
@@ -133,16 +149,29 @@ class PlannedModel:
         if self.config.is_pipe_parallel and at_once:
             # DeepSpeed's PipelineModule counts all layers, and recomputes those with parameters.
             parts = [mine[at : at + at_once] for at in range(0, len(mine), at_once)]
-            return [Chunk(tuple(p), any(layer.has_parameters for layer in p)) for p in parts]
+            return [self._chunk(p, any(layer.has_parameters for layer in p)) for p in parts]
         found: list[Chunk] = []
         for is_block, group in groupby(mine, lambda layer: layer.kind is TransformerLayer):
             run_of = list(group)
             size = (at_once or 1) if is_block else len(run_of)
             found += [
-                Chunk(tuple(run_of[at : at + size]), bool(is_block and at_once))
+                self._chunk(run_of[at : at + size], bool(is_block and at_once))
                 for at in range(0, len(run_of), size)
             ]
         return found
+
+    def _chunk(self, some: Sequence[Layer], recomputed: bool) -> Chunk:
+        return Chunk(tuple(some), recomputed, some[0].index > self._first_trained)
+
+    @cached_property
+    def _first_trained(self) -> int:
+        """The index of the first layer of the model that has anything to train."""
+        return next(
+            layer.index
+            for layer in self.layers
+            if layer.has_parameters
+            and any(parameter.requires_grad for parameter in self.module(layer).parameters())
+        )
 
     def traced(self, chunk: Chunk) -> Traced:
         """A micro-batch through a chunk.
@@ -172,9 +201,7 @@ class PlannedModel:
 
             modules = [module for _, module in built if isinstance(module, nn.Module)]
             with self._fake:
-                self._traced[key] = run(
-                    forward, lambda: self._input(chunk.layers[0], batch, length), modules
-                )
+                self._traced[key] = run(forward, lambda: self._input(chunk, batch, length), modules)
         return self._traced[key]
 
     @property
@@ -227,8 +254,8 @@ class PlannedModel:
     def _batch_shape(self) -> tuple[int, int]:
         return self.config.train_micro_batch_size_per_gpu, self.config.seq_length
 
-    def _input(self, first: Layer, batch: int, length: int) -> Tensor:
-        """What a chunk that begins with this layer is given."""
+    def _input(self, chunk: Chunk, batch: int, length: int) -> Tensor:
+        first = chunk.layers[0]
         if first.index == 0:
             return torch.zeros(batch, length, dtype=torch.long)
         if first.index == 1 or first.index > self.config.num_layers + 2:
@@ -236,7 +263,7 @@ class PlannedModel:
         else:
             split = self.groups.tp if self._region.splits_sequence else 1
             size = (length // split, batch, self.config.hidden_size)
-        return torch.empty(size, dtype=self.dtype, requires_grad=True)
+        return torch.empty(size, dtype=self.dtype, requires_grad=chunk.input_has_gradient)
 
 
 def holders(every: Sequence[Layer], stage: range) -> Iterator[Layer]:

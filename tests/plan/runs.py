@@ -15,7 +15,7 @@ from neox.checkpoint.neox import Checkpoint
 from neox.config import NeoXConfig
 from neox.engine.build import build_engine
 from neox.engine.recompute import Recompute
-from neox.parallel.groups import initialize
+from neox.parallel.groups import ProcessGroups, initialize
 from neox.parallel.topology import Topology
 from tests.engine.test_grids import OPTIMIZER, Values, batches
 from tests.models import VOCAB, config_of
@@ -49,11 +49,10 @@ def held_by_ranks(rank: int, cases: list[Case]) -> list[HeldBytes]:
 def _held(topology: Topology, values: Values) -> HeldBytes:
     groups = initialize(topology, "gloo", torch.device("cpu"))
     config = configuration(topology, values)
-    checkpoint = Checkpoint.open(Path(config.load)) if config.load else None
-    engine = build_engine(config, groups, VOCAB, checkpoint)
+    engine = _build(config, groups)
     source = batches(config, groups)
     engine.train_batch(source, 1, 0.01)  # makes the optimizer's state
-    inner = engine.inner  # type: ignore[attr-defined]
+    inner = engine.inner
     moments: list[int] = []
 
     def watched(name: str) -> None:
@@ -86,6 +85,12 @@ def _held(topology: Topology, values: Values) -> HeldBytes:
     return outcome
 
 
+def _build(config: NeoXConfig, groups: ProcessGroups) -> Any:
+    """The engine, which has DeepSpeed's as `inner`; adapters' weights are of a checkpoint."""
+    checkpoint = Checkpoint.open(Path(config.load)) if config.load else None
+    return build_engine(config, groups, VOCAB, checkpoint)
+
+
 def storages(tensors: Iterable[Any]) -> dict[int, int]:
     """Bytes by address, each memory once."""
     found = {}
@@ -105,9 +110,9 @@ def offloaded_by_ranks(rank: int, cases: list[Case]) -> list[int]:
 def _offloaded(topology: Topology, values: Values) -> int:
     groups = initialize(topology, "gloo", torch.device("cpu"))
     config = configuration(topology, values)
-    engine = build_engine(config, groups, VOCAB)
+    engine = _build(config, groups)
     engine.train_batch(batches(config, groups), 1, 0.01)
-    inner = engine.inner  # type: ignore[attr-defined]
+    inner = engine.inner
     optimizer, state = inner.optimizer, _state(inner)
     found = state + [tensor.grad for tensor in state if tensor.is_leaf]
     found.append(getattr(optimizer, "grad_partitions_flat_buffer", None))
@@ -158,7 +163,7 @@ def products_by_ranks(rank: int, cases: list[Case]) -> list[int]:
 def _products(topology: Topology, values: Values) -> int:
     groups = initialize(topology, "gloo", torch.device("cpu"))
     config = configuration(topology, values)
-    model = build_engine(config, groups, VOCAB).inner.module.train()  # type: ignore[attr-defined]
+    model = _build(config, groups).inner.module.train()
     batch, length = config.train_micro_batch_size_per_gpu, config.seq_length
     tokens = torch.zeros(batch, length, dtype=torch.long)
     with FlopCounterMode(display=False) as counter:
@@ -171,8 +176,7 @@ def _products(topology: Topology, values: Values) -> int:
 def _kept(topology: Topology, values: Values) -> int:
     groups = initialize(topology, "gloo", torch.device("cpu"))
     config = configuration(topology, values)
-    engine = build_engine(config, groups, VOCAB)
-    model = engine.inner.module.train()  # type: ignore[attr-defined]
+    model = _build(config, groups).inner.module.train()
     batch, length = config.train_micro_batch_size_per_gpu, config.seq_length
     tokens = torch.zeros(batch, length, dtype=torch.long)
     saved: list[Tensor] = []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from neox.parallel.topology import Topology
@@ -9,7 +11,7 @@ from neox.plan.memory import in_flight, memory
 from neox.plan.stages import PlannedModel
 from neox.plan.trace import planned_world
 from tests.engine.test_grids import RECOMPUTE, SPLIT
-from tests.models import ARCHITECTURES, VOCAB
+from tests.models import ARCHITECTURES, VOCAB, write_model
 from tests.plan.runs import Case, configuration, kept_by_ranks
 from tests.world import World
 
@@ -41,11 +43,30 @@ CASES: list[Case] = [
     (Topology(tp=2), LONG | SPLIT),
     (Topology(tp=2), LONG | SPLIT | RECOMPUTE),
 ]
+LORA = {"lora": {"rank": 4}, "finetune": True}
+ADAPTED = [
+    LONG | LORA,
+    LONG | LORA | RECOMPUTE,
+    LONG | LORA | DROPOUT,
+    LONG | LORA | BF16,
+    LONG | LORA | {"load_in_8bit": True},
+    LONG | LORA | {"lora": {"rank": 4, "norms": True, "biases": True}},
+]
 
 
 @pytest.mark.parametrize("size", [1, 2])
 def test_what_the_model_keeps(world: World, size: int) -> None:
-    cases = [case for case in CASES if case[0].world_size == size]
+    check(world, size, [case for case in CASES if case[0].world_size == size])
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_what_adapters_keep(world: World, size: int, tmp_path: Path) -> None:
+    write_model(tmp_path, 1, **LONG)
+    load = {"load": str(tmp_path / "global_step1")}
+    check(world, size, [(Topology(tp=size), values | load) for values in ADAPTED])
+
+
+def check(world: World, size: int, cases: list[Case]) -> None:
     by_rank = world.run(size, kept_by_ranks, cases, timeout=300.0)
     wrong = []
     for (topology, values), *ranks in zip(cases, *by_rank, strict=True):

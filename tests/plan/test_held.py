@@ -30,6 +30,7 @@ ODD = {"hidden_size": 18, "num_attention_heads": 2, "pos_emb": "none", "num_laye
 SOME_WHOLE = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 100}}
 ALL_WHOLE = {"zero_optimization": {"stage": 3}} | NO_PIPELINE
 ODD_2 = ODD | {"num_layers": 2, "use_bias_in_attn_linear": False}
+TABLE = TIED | {"pos_emb": "learned"}  # of positions, which the last stage has and does not use
 
 CASES: list[Case] = [
     (Topology(), NO_PIPELINE),
@@ -42,6 +43,8 @@ CASES: list[Case] = [
     (Topology(pp=2), {}),
     (Topology(pp=2), ZERO_1 | TIED),
     (Topology(pp=2), BF16),
+    (Topology(pp=2), TABLE),
+    (Topology(pp=2), TABLE | BF16 | {"data_types": {"grad_accum_dtype": "bf16"}}),
     (Topology(pp=2), {"num_layers": 3, "pipe_partition_method": "parameters"} | ZERO_1),
     (Topology(pp=2), {"num_layers": 5, "pipe_partition_method": "uniform"}),
     (Topology(pp=2), {"num_layers": 6, "pipe_partition_method": "type:norm|transformer"}),
@@ -62,6 +65,9 @@ CASES: list[Case] = [
     (Topology(dp=2, tp=2), ZERO_1 | {"gpt_j_residual": False, "norm": "rmsnorm"}),
     (Topology(dp=2, tp=2), ZERO_2 | BF16),
     (Topology(pp=2, dp=2), BF16 | TIED),
+    (Topology(pp=2, dp=2), TABLE),
+    (Topology(pp=2, dp=2), TABLE | ZERO_1),
+    (Topology(pp=2, dp=2), TABLE | BF16),
     (Topology(pp=2, dp=2), ZERO_1 | ODD_2),
     (Topology(dp=2, tp=2), ZERO_3 | BF16),
     (Topology(dp=4), ZERO_1 | ODD),

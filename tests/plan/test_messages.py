@@ -43,13 +43,17 @@ CASES: list[Case] = [
     (Topology(dp=2, tp=2), BF16 | NO_PIPELINE),
     (Topology(pp=2, dp=2), ZERO_1),
     (Topology(pp=2, dp=2), BF16 | TIED),
+    (Topology(pp=2, dp=2), ZERO_1 | TIED | {"pos_emb": "learned"}),
+    (Topology(pp=2, dp=2), TIED | {"pos_emb": "learned"}),
     (Topology(dp=4), ZERO_1),
 ]
 
 
 LORA = {"lora": {"rank": 4}, "finetune": True}
 ADAPTED: list[Case] = [
-    # Not tp: the first block, whose input nobody trains, sends one message less than is planned.
+    (Topology(tp=2), LORA),  # the first block's input needs no gradient
+    (Topology(tp=2), LORA | RECOMPUTE),
+    (Topology(tp=2), LORA | {"lora": {"rank": 4, "norms": True, "biases": True}} | NO_PIPELINE),
     (Topology(pp=2), LORA | ZERO_1 | TIED),  # of the frozen table nothing is sent
     (Topology(pp=2), LORA | BF16 | TIED),
     (Topology(dp=2), LORA | ZERO_2),
