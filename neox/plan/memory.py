@@ -43,7 +43,7 @@ def of_replica(model: PlannedModel, stage: range, dp_rank: int | None = None) ->
         model.held[key] = held(
             model.config,
             model.parameters(stage),
-            model.unreached(stage),
+            model.reached(stage),
             model.buffer_bytes(stage),
             dp_rank,
             on_cpu=model.on_cpu,
@@ -78,8 +78,7 @@ def _of_stage(model: PlannedModel, number: int, stage: range) -> StageMemory:
     flying = in_flight(config.pp, number, config.gradient_accumulation_steps)
     beside = _pipe_buffers(model, number) if config.is_pipe_parallel else _Buffers(0, 0)
     activations = flying * (kept + beside.of_each)
-    trained = [p for p in model.parameters(stage) if p.requires_grad]
-    worst = max(0, peak - kept) + beside.once + gathered_bytes(config, trained)
+    worst = max(0, peak - kept) + beside.once + gathered_bytes(config, model.trained(stage))
     # ZeRO 1 and 2 have their bucket in the backward pass, but a pipeline's comes after it.
     in_backward = worst + (0 if config.is_pipe_parallel else own.bucket)
     in_step = own.bucket + own.step - activations

@@ -145,8 +145,8 @@ def _of_zero(model: PlannedModel, stage: range) -> Counted:
     # With the gradients cut, every micro-batch's are reduced.
     times = config.gradient_accumulation_steps if config.engine_zero_stage == 2 else 1
     limit = int(zero_setting(config, "reduce_bucket_size", _FALLBACK))
-    numels = [n for group in _groups(model, stage, reached=True) for n in group]
-    for numel in _buckets(numels, limit):
+    groups = group_numels(config, model.reached(stage))
+    for numel in _buckets([n for group in groups for n in group], limit):
         sent["all_reduce", "dp", size * numel] += times
     return sent
 
@@ -188,11 +188,8 @@ def _fallback_buckets(numels: Sequence[int]) -> Iterator[int]:
         yield filled
 
 
-def _groups(model: PlannedModel, stage: range, *, reached: bool = False) -> list[list[int]]:
-    """Elements of what is trained, by optimizer group; only of what a gradient is `reached` by."""
-    without = {id(parameter) for parameter in model.unreached(stage)} if reached else set[int]()
-    trained = [p for p in model.parameters(stage) if p.requires_grad and id(p) not in without]
-    return group_numels(model.config, trained)
+def _groups(model: PlannedModel, stage: range) -> list[list[int]]:
+    return group_numels(model.config, model.trained(stage))
 
 
 def _tied_bytes(model: PlannedModel) -> int:

@@ -107,16 +107,21 @@ class PlannedModel:
         """
         return [p for layer in holders(self.layers, stage) for p in self.module(layer).parameters()]
 
-    def unreached(self, stage: range) -> list[nn.Parameter]:
-        """Those of a stage that count as trained and never have a gradient.
+    def trained(self, stage: range) -> list[nn.Parameter]:
+        """Those of a stage's parameters that the optimizer is given."""
+        return [p for p in self.parameters(stage) if p.requires_grad]
 
-        The last stage has its twin of a tied embedding with a table of positions.
+    def reached(self, stage: range) -> list[nn.Parameter]:
+        """Those of a stage that are trained and ever have a gradient.
+
+        The last stage has its twin of a tied embedding with a table of positions, which has none.
         """
-        head = self.layers[-1]
+        trained, head = self.trained(stage), self.layers[-1]
         if head.tied is None or head.index not in stage or self.layers[0].index in stage:
-            return []
+            return trained
         positions = self.module(head).position_embeddings
-        return [] if positions is None else [p for p in positions.parameters() if p.requires_grad]
+        unused = set() if positions is None else {id(p) for p in positions.parameters()}
+        return [p for p in trained if id(p) not in unused]
 
     def buffer_bytes(self, stage: range) -> int:
         """Of a stage's weights that are no parameters: those of 8 bits."""
@@ -136,11 +141,7 @@ class PlannedModel:
 
     def untrained(self) -> list[int]:
         """The numbers of stages in which nothing is trained: training refuses them."""
-        return [
-            number
-            for number, stage in enumerate(self.stages())
-            if not any(parameter.requires_grad for parameter in self.parameters(stage))
-        ]
+        return [number for number, stage in enumerate(self.stages()) if not self.trained(stage)]
 
     def chunks(self, stage: range) -> list[Chunk]:
         """How a stage is walked, but for the output projection: see the two engines."""

@@ -99,7 +99,7 @@ def flat_size(numels: Sequence[int], config: NeoXConfig, size: int) -> int:
 def held(
     config: NeoXConfig,
     parameters: Sequence[nn.Parameter],
-    unreached: Sequence[nn.Parameter],
+    reached: Sequence[nn.Parameter],
     frozen_bytes: int,
     dp_rank: int | None = None,
     *,
@@ -107,23 +107,21 @@ def held(
 ) -> Held:
     """Of a rank with these parameters, and `frozen_bytes` of weights in other forms.
 
-    No gradient reaches some of those that are trained: see PlannedModel.unreached.
+    Gradients are of those that are `reached`: see PlannedModel.
     Without `dp_rank`, of the replica that has most: with ZeRO 2 they differ.
     """
     size = torch_dtype(config.dtype).itemsize
     trained = [p for p in parameters if p.requires_grad]
     rest = frozen_bytes + sum(p.nbytes for p in parameters if not p.requires_grad)
     own = sum(p.nbytes for p in trained)
-    missing = sum(p.numel() for p in unreached)
+    own_gradients = sum(p.nbytes for p in reached)
     stage = config.engine_zero_stage
     if stage == 0:
         # Without a gradient a weight has no state; but replicas reduce zeros where one is missing.
-        stepped = [p.numel() for p in trained]
-        for parameter in unreached if config.dp == 1 else ():
-            stepped.remove(parameter.numel())
-        state = state_bytes(config, stepped, torch.float32)
+        stepped = reached if config.dp == 1 else trained
+        state = state_bytes(config, [p.numel() for p in stepped], torch.float32)
         copied = min(own, _DEFAULT_BUCKET * size) if config.dp > 1 else 0
-        return Held(rest + own, own - size * missing, state, step=copied)
+        return Held(rest + own, own_gradients, state, step=copied)
     groups = group_numels(config, trained)
     if stage == 3:
         return _sharded(config, groups, rest, size, on_cpu)
@@ -134,7 +132,7 @@ def held(
     accumulated = accumulation_dtype(config).itemsize
     if has_bfloat16_optimizer(config):
         # Sums in float32, and a micro-batch's own gradients until they are added to them.
-        return Held(weights, 4 * sum(flat) + own - size * missing, masters)
+        return Held(weights, 4 * sum(flat) + own_gradients, masters)
     whole = sum(p.numel() for p in trained)
     if stage == 2:
         gradients, step = accumulated * sum(parts), 4 * max(parts)
@@ -142,7 +140,7 @@ def held(
             ranks = range(config.dp) if dp_rank is None else [dp_rank]
             gradients = size * max(_owned_whole(groups, parts, rank) for rank in ranks)
     else:
-        gradients = accumulated * (whole - missing)
+        gradients = accumulated * sum(p.numel() for p in reached)
         step = accumulated * sum(parts) + 4 * max(parts)
     bucket = _bucket(config, whole, size if stage == 2 else accumulated, on_cpu)
     if offloads(config, "offload_optimizer"):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from neox.checkpoint.neox import Checkpoint
@@ -91,6 +91,14 @@ def _build(config: NeoXConfig, groups: ProcessGroups) -> Any:
     return build_engine(config, groups, VOCAB, checkpoint)
 
 
+def _model(config: NeoXConfig, groups: ProcessGroups) -> tuple[nn.Module, Callable[[], Tensor]]:
+    """The model in training, and a forward pass of a micro-batch through it."""
+    model = _build(config, groups).inner.module.train()
+    batch, length = config.train_micro_batch_size_per_gpu, config.seq_length
+    tokens = torch.zeros(batch, length, dtype=torch.long)
+    return model, lambda: model(tokens, tokens, torch.ones(batch, length))
+
+
 def storages(tensors: Iterable[Any]) -> dict[int, int]:
     """Bytes by address, each memory once."""
     found = {}
@@ -163,11 +171,9 @@ def products_by_ranks(rank: int, cases: list[Case]) -> list[int]:
 def _products(topology: Topology, values: Values) -> int:
     groups = initialize(topology, "gloo", torch.device("cpu"))
     config = configuration(topology, values)
-    model = _build(config, groups).inner.module.train()
-    batch, length = config.train_micro_batch_size_per_gpu, config.seq_length
-    tokens = torch.zeros(batch, length, dtype=torch.long)
+    loss_of_a_micro_batch = _model(config, groups)[1]
     with FlopCounterMode(display=False) as counter:
-        model(tokens, tokens, torch.ones(batch, length)).backward()
+        loss_of_a_micro_batch().backward()
     counts = counter.get_flop_counts()["Global"]
     forget_groups()
     return sum(counts.get(product, 0) for product in (torch.ops.aten.mm, torch.ops.aten.addmm))
@@ -176,9 +182,7 @@ def _products(topology: Topology, values: Values) -> int:
 def _kept(topology: Topology, values: Values) -> int:
     groups = initialize(topology, "gloo", torch.device("cpu"))
     config = configuration(topology, values)
-    model = _build(config, groups).inner.module.train()
-    batch, length = config.train_micro_batch_size_per_gpu, config.seq_length
-    tokens = torch.zeros(batch, length, dtype=torch.long)
+    model, loss_of_a_micro_batch = _model(config, groups)
     saved: list[Tensor] = []
 
     def pack(tensor: Tensor) -> Tensor:
@@ -196,7 +200,7 @@ def _kept(topology: Topology, values: Values) -> int:
         mock.patch.object(Recompute, "_keep", noted),
         torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
     ):
-        loss = model(tokens, tokens, torch.ones(batch, length))
+        loss = loss_of_a_micro_batch()
     own = storages(model.parameters())
     kept = sum(size for at, size in storages(saved).items() if at not in own)
     del loss
